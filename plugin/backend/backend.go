@@ -1,10 +1,17 @@
-// Package backend chooses how a policy is programmed into a network namespace.
+// Package backend chooses how a policy is programmed into a network namespace,
+// and sees to it that only one backend's rules are there.
 package backend
 
-import "github.com/preroute/preroute/plugin/redirect"
+import (
+	"errors"
+	"fmt"
+
+	"github.com/preroute/preroute/plugin/netfilter"
+	"github.com/preroute/preroute/plugin/redirect"
+)
 
 // A Backend programs policies into a network namespace, given as an open file
-// descriptor of it.
+// descriptor of it; 0 stands for the namespace of the calling process.
 type Backend interface {
 	// Name is what the plugin's configuration calls it.
 	Name() string
@@ -17,4 +24,103 @@ type Backend interface {
 	// Remove takes out everything of Preroute's, and is content when there is
 	// nothing.
 	Remove(netns int) error
+	// Present reports whether rules of this backend are in the namespace.
+	Present(netns int) (bool, error)
+}
+
+// Names are the values of the configuration's "backend".
+var Names = []string{"auto", "nft", "iptables"}
+
+// A Choice is a backend and why it is this one.
+type Choice struct {
+	Backend
+	Reason string // "" when the configuration names the backend, or auto had no need to fall back
+	other  Backend
+	auto   bool
+}
+
+// Choose returns the backend that a configuration names; "" is "auto".
+func Choose(name string) (*Choice, error) {
+	nft, ipt := netfilter.NFT{}, netfilter.NewIPTables()
+	switch name {
+	case "", "auto":
+		return &Choice{Backend: nft, other: ipt, auto: true}, nil
+	case "nft":
+		return &Choice{Backend: nft, other: ipt}, nil
+	case "iptables":
+		return &Choice{Backend: ipt, other: nft}, nil
+	}
+	return nil, fmt.Errorf("backend: %q: want one of %q", name, Names)
+}
+
+// fallBack changes an automatic choice after err, if err says that the kernel
+// lacks what the first choice needs.
+func (c *Choice) fallBack(err error) bool {
+	var lack *netfilter.Unsupported
+	if !c.auto || !errors.As(err, &lack) {
+		return false
+	}
+	c.auto = false
+	c.Backend, c.other = c.other, c.Backend
+	c.Reason = lack.Error()
+	return true
+}
+
+// Apply leaves exactly policy p in the namespace, whichever backend was used
+// there before.
+func (c *Choice) Apply(netns int, p *redirect.Policy) (changed bool, err error) {
+	if err := netfilter.Supported(p); err != nil {
+		return false, err
+	}
+	changed, err = c.Backend.Apply(netns, p)
+	if err != nil {
+		if !c.fallBack(err) {
+			return changed, err
+		}
+		changed, second := c.Backend.Apply(netns, p)
+		if second != nil {
+			return changed, fmt.Errorf("%w; and instead of it: %w", err, second)
+		}
+		return changed, nil
+	}
+	// The rules in place are right by now; an earlier backend's would only
+	// redirect the same once more.
+	there, err := c.other.Present(netns)
+	if err != nil || !there {
+		return changed, nil // nothing of the other's can be seen, so nothing is there to remove
+	}
+	if err := c.other.Remove(netns); err != nil {
+		return true, fmt.Errorf("removing the rules of the %s backend: %w", c.other.Name(), err)
+	}
+	return true, nil
+}
+
+// Check returns nil when exactly p is in place, else what differs first.
+func (c *Choice) Check(netns int, p *redirect.Policy) error {
+	if err := netfilter.Supported(p); err != nil {
+		return err
+	}
+	err := c.Backend.Check(netns, p)
+	if err != nil && c.fallBack(err) {
+		return c.Backend.Check(netns, p)
+	}
+	if err != nil {
+		return err
+	}
+	if there, err := c.other.Present(netns); err == nil && there {
+		return &netfilter.Difference{Where: "backend", Want: c.Name() + " alone", Have: "rules of the " + c.other.Name() + " backend too"}
+	}
+	return nil
+}
+
+// Remove takes out the rules of every backend.
+func (c *Choice) Remove(netns int) error {
+	err := c.Backend.Remove(netns)
+	if err != nil && c.fallBack(err) {
+		return c.Backend.Remove(netns)
+	}
+	if there, perr := c.other.Present(netns); perr == nil && there {
+		err = errors.Join(err, c.other.Remove(netns))
+	}
+	return err
 }
