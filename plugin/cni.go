@@ -62,7 +62,7 @@ func add(args *skel.CmdArgs) error {
 	if err == nil && p == nil {
 		return c.passOn()
 	}
-	r := &report{podArgs: pod, Command: "ADD", Time: start}
+	r := &report{podArgs: pod, Command: "ADD", Time: start.UTC()}
 	if err == nil {
 		err = c.apply(args.Netns, p, r)
 	}

@@ -52,35 +52,39 @@ func (c *config) validate() error {
 	return nil
 }
 
-// annotation returns a value as the runtime passed it; nil when it did not.
-// A value that is not a string is the caller's to refuse: only a pod that has a
-// policy may fail.
-func (c *config) annotation(name string) json.RawMessage {
+// annotations are those of the pod that concern the plugin, as the runtime
+// passed them; nil where it did not. A value that is not a string is the
+// caller's to refuse: only a pod that has a policy may fail.
+func (c *config) annotations() (path, policy json.RawMessage) {
 	raw := c.RuntimeConfig[annotationsCapability]
 	if len(raw) == 0 {
-		return nil
+		return nil, nil
 	}
 	var all map[string]json.RawMessage
 	if json.Unmarshal(raw, &all) != nil {
+		return nil, nil
+	}
+	value := func(name string) json.RawMessage {
+		if v := all[name]; string(v) != "null" {
+			return v
+		}
 		return nil
 	}
-	if v := all[name]; string(v) != "null" {
-		return v
-	}
-	return nil
+	return value(pathAnnotation), value(policyAnnotation)
 }
 
 // policy says what the pod asks for: the annotation, else the configuration's
 // policy, else what the node's socket answers. nil means that the pod has none,
 // and then nothing has been opened but the socket, where one is configured.
 func (c *config) policy(pod podArgs) (*redirect.Policy, error) {
-	path, source, text := c.annotation(pathAnnotation), policyAnnotation, c.annotation(policyAnnotation)
+	source := policyAnnotation
+	path, text := c.annotations()
 	if text == nil && hasValue(c.Policy) {
 		source, text = "network configuration: policy", c.Policy
 	} else if text != nil {
 		var s string
 		if err := json.Unmarshal(text, &s); err != nil {
-			return nil, fmt.Errorf("%s: %s: want a string that holds JSON", source, text)
+			return nil, &policyError{source, fmt.Errorf("%.80s: want a string that holds JSON", text)}
 		}
 		text = json.RawMessage(s)
 	}

@@ -1,9 +1,3 @@
-// The Go runtime would read the cgroup of the process at its start to size
-// itself: three files per pod, for a process that lives for milliseconds.
-
-//go:debug containermaxprocs=0
-//go:debug updatemaxprocs=0
-
 // Command preroute redirects a pod's traffic to its sidecar proxy.
 //
 // With CNI_COMMAND in its environment it is a chained CNI plugin, called by the

@@ -17,11 +17,11 @@ func openNetNS(path string) (int, error) {
 		return -1, types.NewError(types.ErrInvalidNetNS, fmt.Sprintf("preroute: opening the pod's network namespace: %v", &fs.PathError{Op: "open", Path: path, Err: err}), "")
 	}
 	var st unix.Stat_t
-	var sf unix.Statfs_t
-	if err := unix.Fstat(fd, &st); err == nil {
-		err = unix.Fstatfs(fd, &sf)
+	kind, err := unix.IoctlRetInt(fd, unix.NS_GET_NSTYPE) // Linux 4.11
+	if err == nil {
+		err = unix.Fstat(fd, &st)
 	}
-	if err != nil || sf.Type != unix.NSFS_MAGIC {
+	if err != nil || kind != unix.CLONE_NEWNET {
 		unix.Close(fd)
 		return -1, types.NewError(types.ErrInvalidNetNS, fmt.Sprintf("preroute: %s is not a network namespace", path), "")
 	}

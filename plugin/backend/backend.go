@@ -66,6 +66,17 @@ func (c *Choice) fallBack(err error) bool {
 	return true
 }
 
+// leftover reports whether the other backend's rules are in the namespace. On
+// the path of every pod's start it runs no program.
+func (c *Choice) leftover(netns int) (bool, error) {
+	if c.Name() == "nft" {
+		if may, err := netfilter.MayHoldIPTables(netns); err != nil || !may {
+			return false, err
+		}
+	}
+	return c.other.Present(netns)
+}
+
 // Apply leaves exactly policy p in the namespace, whichever backend was used
 // there before.
 func (c *Choice) Apply(netns int, p *redirect.Policy) (changed bool, err error) {
@@ -85,7 +96,7 @@ func (c *Choice) Apply(netns int, p *redirect.Policy) (changed bool, err error) 
 	}
 	// The rules in place are right by now; an earlier backend's would only
 	// redirect the same once more.
-	there, err := c.other.Present(netns)
+	there, err := c.leftover(netns)
 	if err != nil || !there {
 		return changed, nil // nothing of the other's can be seen, so nothing is there to remove
 	}
@@ -107,7 +118,7 @@ func (c *Choice) Check(netns int, p *redirect.Policy) error {
 	if err != nil {
 		return err
 	}
-	if there, err := c.other.Present(netns); err == nil && there {
+	if there, err := c.leftover(netns); err == nil && there {
 		return &netfilter.Difference{Where: "backend", Want: c.Name() + " alone", Have: "rules of the " + c.other.Name() + " backend too"}
 	}
 	return nil
@@ -119,7 +130,7 @@ func (c *Choice) Remove(netns int) error {
 	if err != nil && c.fallBack(err) {
 		return c.Backend.Remove(netns)
 	}
-	if there, perr := c.other.Present(netns); perr == nil && there {
+	if there, perr := c.leftover(netns); perr == nil && there {
 		err = errors.Join(err, c.other.Remove(netns))
 	}
 	return err

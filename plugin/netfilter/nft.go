@@ -3,9 +3,9 @@ package netfilter
 import (
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/google/nftables"
-	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
 	"github.com/google/nftables/userdata"
 	"github.com/preroute/preroute/plugin/redirect"
@@ -26,6 +26,9 @@ func (NFT) Name() string { return "nft" }
 // attribute, whose length has 16 bits.
 const chunk = 500
 
+// elemSize is the length of most elements in a message.
+const elemSize = 32
+
 // Apply leaves exactly policy p in the namespace, or what was there and an error.
 func (n NFT) Apply(ns int, p *redirect.Policy) (changed bool, err error) {
 	if err := Supported(p); err != nil {
@@ -40,27 +43,32 @@ func (n NFT) Apply(ns int, p *redirect.Policy) (changed bool, err error) {
 		return false, err
 	}
 	defer c.close()
-	there, err := c.hasTable()
-	if err != nil {
-		return false, err
-	}
-	if there {
-		if c.check(want) == nil && CheckRoutes(ns, p) == nil {
-			return false, nil
-		}
-	}
 	_, undo, err := addRoutes(ns, p)
 	if err != nil {
 		return false, err
 	}
-	if err := c.replace(want, there); err != nil {
+	err = c.write(want, create)
+	if err == nil {
+		// An earlier run that was killed between routes and table left no table.
+		if strayRoutes(ns, p) {
+			_, err = removeUnneeded(ns, p)
+		}
+		return true, err
+	}
+	if !errors.Is(err, unix.EEXIST) {
 		undo()
 		return false, err
 	}
-	if there { // in a fresh namespace there is nothing of an earlier policy
-		if _, err := removeUnneeded(ns, p); err != nil {
-			return true, err
-		}
+	// An earlier policy's table is there, perhaps this one's.
+	if c.check(want) == nil && CheckRoutes(ns, p) == nil {
+		return false, nil
+	}
+	if err := c.write(want, replace); err != nil {
+		undo()
+		return false, err
+	}
+	if _, err := removeUnneeded(ns, p); err != nil {
+		return true, err
 	}
 	return true, nil
 }
@@ -98,8 +106,9 @@ func (n NFT) remove(ns int) (changed bool, err error) {
 		return false, err
 	}
 	if there {
-		c.DelTable(c.table)
-		if err := c.Flush(); err != nil {
+		b := c.newBatch()
+		b.table(unix.NFT_MSG_DELTABLE, 0)
+		if err := c.commit(b); err != nil && !errors.Is(err, unix.ENOENT) {
 			return false, fmt.Errorf("removing nft table inet %s: %w", TableName, err)
 		}
 	}
@@ -118,91 +127,173 @@ func (NFT) Present(ns int) (bool, error) {
 }
 
 // An nftConn is a connection to nf_tables in one network namespace.
-type nftConn struct {
-	*nftables.Conn
-	ns    int
-	table *nftables.Table
-}
+type nftConn struct{ *nfConn }
 
 func openNFT(ns int) (*nftConn, error) {
-	c, err := nftables.New(nftables.WithNetNSFd(ns), nftables.AsLasting())
-	if err != nil {
-		return nil, fmt.Errorf("opening a netfilter socket in the pod's network namespace: %w", unsupportedNetlink(err))
-	}
-	return &nftConn{c, ns, &nftables.Table{Name: TableName, Family: nftables.TableFamilyINet}}, nil
+	c, err := dialNF(ns)
+	return &nftConn{c}, err
 }
 
-func (c *nftConn) close() { _ = c.CloseLasting() }
+func (c *nftConn) hasTable() (bool, error) {
+	_, there, err := c.tableFlags()
+	return there, err
+}
 
-func unsupportedNetlink(err error) error {
-	if errors.Is(err, unix.EPROTONOSUPPORT) {
-		return &Unsupported{What: "nftables: the kernel has no netlink for netfilter", Need: "Linux 3.13 with CONFIG_NF_TABLES", Err: err}
+func (c *nftConn) tableFlags() (flags uint32, there bool, err error) {
+	tables, err := c.request(unix.NFT_MSG_GETTABLE, false, func(m *message) { m.str(unix.NFTA_TABLE_NAME, TableName) })
+	switch {
+	case err == nil && len(tables) > 0:
+		return beUint32(find(tables[0], unix.NFTA_TABLE_FLAGS)), true, nil
+	case err == nil, errors.Is(err, unix.ENOENT):
+		return 0, false, nil
+	case errors.Is(err, unix.EINVAL), errors.Is(err, unix.EOPNOTSUPP):
+		return 0, false, noNFTables(err)
+	}
+	return 0, false, fmt.Errorf("looking for nft table inet %s: %w", TableName, permission(err))
+}
+
+func noNFTables(err error) error {
+	return &Unsupported{What: "nftables: the kernel has no nf_tables", Need: "Linux 3.13 with CONFIG_NF_TABLES and CONFIG_NF_TABLES_INET", Err: err}
+}
+
+func permission(err error) error {
+	if errors.Is(err, unix.EPERM) {
+		return fmt.Errorf("%w: this needs CAP_NET_ADMIN over the user namespace that owns the pod's network namespace", err)
 	}
 	return err
 }
 
-func (c *nftConn) hasTable() (bool, error) {
-	_, err := c.ListTableOfFamily(TableName, nftables.TableFamilyINet)
-	switch {
-	case err == nil:
-		return true, nil
-	case errors.Is(err, unix.ENOENT):
-		return false, nil
-	case errors.Is(err, unix.EINVAL), errors.Is(err, unix.EOPNOTSUPP):
-		return false, &Unsupported{What: "nftables: the kernel has no nf_tables", Need: "Linux 3.13 with CONFIG_NF_TABLES", Err: err}
-	case errors.Is(err, unix.EPERM):
-		return false, c.explain(err)
-	}
-	return false, fmt.Errorf("looking for nft table inet %s: %w", TableName, err)
-}
+// How write meets a table that is there already.
+type writeMode int
 
-// replace sends the whole table as one transaction.
-func (c *nftConn) replace(want *nftTable, there bool) error {
-	if there {
-		c.DelTable(c.table)
-	}
-	c.AddTable(c.table)
+const (
+	create  writeMode = iota // EEXIST, and nothing is changed
+	replace                  // the old one goes in the same transaction
+)
+
+// write sends the whole table as one transaction.
+func (c *nftConn) write(want *nftTable, mode writeMode) error {
+	b := c.newBatch()
 	for _, s := range want.sets {
-		set := &nftables.Set{Table: c.table, Name: s.name, KeyType: s.key, Interval: s.interval}
-		if s.host {
-			set.KeyByteOrder = binaryutil.NativeEndian
-		}
-		first := s.elems[:min(chunk, len(s.elems))]
-		if err := c.AddSet(set, first); err != nil {
-			return fmt.Errorf("nft set %s: %w", s.name, err)
-		}
-		for at := len(first); at < len(s.elems); at += chunk {
-			if err := c.SetAddElements(set, s.elems[at:min(at+chunk, len(s.elems))]); err != nil {
-				return fmt.Errorf("nft set %s: %w", s.name, err)
+		b.b = slices.Grow(b.b, len(s.elems)*elemSize)
+	}
+	if mode == replace {
+		b.table(unix.NFT_MSG_NEWTABLE, unix.NLM_F_CREATE) // so that there is one to delete
+		b.table(unix.NFT_MSG_DELTABLE, 0)
+	}
+	b.table(unix.NFT_MSG_NEWTABLE, unix.NLM_F_CREATE|unix.NLM_F_EXCL)
+	for i, s := range want.sets {
+		b.set(s, uint32(i+1))
+	}
+	for _, ch := range want.chains { // all first: a rule may jump to a later one
+		b.chain(ch)
+	}
+	for _, ch := range want.chains {
+		for _, r := range ch.rules {
+			if err := b.rule(ch, r); err != nil {
+				return err
 			}
 		}
 	}
-	chains := make([]*nftables.Chain, len(want.chains))
-	for i, ch := range want.chains { // all first: a rule may jump to a later one
-		chains[i] = c.AddChain(&nftables.Chain{Table: c.table, Name: ch.name, Type: ch.typ, Hooknum: ch.hook, Priority: ch.prio})
-	}
-	for i, ch := range want.chains {
-		for _, r := range ch.rules {
-			c.AddRule(&nftables.Rule{Table: c.table, Chain: chains[i], Exprs: r.exprs, UserData: userdata.AppendString(nil, userdata.TypeComment, r.comment)})
-		}
-	}
-	if err := c.Flush(); err != nil {
+	if err := c.commit(b); err != nil {
 		return fmt.Errorf("writing nft table inet %s: %w", TableName, c.explain(err))
 	}
+	return nil
+}
+
+func (b *batch) table(msg, flags uint16) {
+	b.nft(msg, flags, "the table", func() { b.str(unix.NFTA_TABLE_NAME, TableName) })
+}
+
+// setFlags are NFT_SET_INTERVAL or none: a named set that rules look up.
+func (s *nftSet) flags() uint32 {
+	if s.interval {
+		return unix.NFT_SET_INTERVAL
+	}
+	return 0
+}
+
+func (b *batch) set(s *nftSet, id uint32) {
+	order := uint32(2) // BYTEORDER_BIG_ENDIAN of nft(8), which reads it to print the keys
+	if s.host {
+		order = 1
+	}
+	b.nft(unix.NFT_MSG_NEWSET, unix.NLM_F_CREATE, "set "+s.name, func() {
+		b.str(unix.NFTA_SET_TABLE, TableName)
+		b.str(unix.NFTA_SET_NAME, s.name)
+		b.u32(unix.NFTA_SET_FLAGS, s.flags())
+		b.u32(unix.NFTA_SET_KEY_TYPE, s.key.GetNFTMagic())
+		b.u32(unix.NFTA_SET_KEY_LEN, s.key.Bytes)
+		b.u32(unix.NFTA_SET_ID, id)
+		if !s.interval {
+			b.nest(unix.NFTA_SET_DESC, func() { b.u32(unix.NFTA_SET_DESC_SIZE, uint32(len(s.elems))) })
+		}
+		b.attr(unix.NFTA_SET_USERDATA, userdata.AppendUint32(nil, userdata.NFTNL_UDATA_SET_KEYBYTEORDER, order))
+	})
+	for at := 0; at < len(s.elems); at += chunk {
+		b.nft(unix.NFT_MSG_NEWSETELEM, unix.NLM_F_CREATE, "elements of set "+s.name, func() {
+			b.str(unix.NFTA_SET_ELEM_LIST_TABLE, TableName)
+			b.str(unix.NFTA_SET_ELEM_LIST_SET, s.name)
+			b.nest(unix.NFTA_SET_ELEM_LIST_ELEMENTS, func() {
+				for i := at; i < min(at+chunk, len(s.elems)); i++ {
+					e := &s.elems[i]
+					b.nest(unix.NFTA_LIST_ELEM, func() {
+						if e.end {
+							b.u32(unix.NFTA_SET_ELEM_FLAGS, unix.NFT_SET_ELEM_INTERVAL_END)
+						}
+						b.nest(unix.NFTA_SET_ELEM_KEY, func() { b.attr(unix.NFTA_DATA_VALUE, s.bytes(e)) })
+					})
+				}
+			})
+		})
+	}
+}
+
+func (b *batch) chain(ch *nftChain) {
+	b.nft(unix.NFT_MSG_NEWCHAIN, unix.NLM_F_CREATE, "chain "+ch.name, func() {
+		b.str(unix.NFTA_CHAIN_TABLE, ch.table)
+		b.str(unix.NFTA_CHAIN_NAME, ch.name)
+		if ch.typ == "" {
+			return
+		}
+		b.nest(unix.NFTA_CHAIN_HOOK, func() {
+			b.u32(unix.NFTA_HOOK_HOOKNUM, uint32(*ch.hook))
+			b.u32(unix.NFTA_HOOK_PRIORITY, uint32(*ch.prio))
+		})
+		b.u32(unix.NFTA_CHAIN_POLICY, uint32(nftables.ChainPolicyAccept))
+		b.str(unix.NFTA_CHAIN_TYPE, string(ch.typ))
+	})
+}
+
+func (b *batch) rule(ch *nftChain, r nftRule) error {
+	exprs := make([][]byte, len(r.exprs))
+	for i, e := range r.exprs {
+		var err error
+		if exprs[i], err = expr.Marshal(unix.NFPROTO_INET, e); err != nil {
+			return fmt.Errorf("rule %s: %w", r.text, err)
+		}
+	}
+	b.nft(unix.NFT_MSG_NEWRULE, unix.NLM_F_CREATE|unix.NLM_F_APPEND, "chain "+ch.name+", rule "+r.describe(), func() {
+		b.str(unix.NFTA_RULE_TABLE, ch.table)
+		b.str(unix.NFTA_RULE_CHAIN, ch.name)
+		b.nest(unix.NFTA_RULE_EXPRESSIONS, func() {
+			for _, e := range exprs {
+				b.attr(unix.NFTA_LIST_ELEM|unix.NLA_F_NESTED, e)
+			}
+		})
+		b.attr(unix.NFTA_RULE_USERDATA, userdata.AppendString(nil, userdata.TypeComment, r.comment))
+	})
 	return nil
 }
 
 // explain turns what the kernel answered to a transaction into what it lacks,
 // by asking it for each thing alone.
 func (c *nftConn) explain(err error) error {
-	if errors.Is(err, unix.EPERM) {
-		return fmt.Errorf("%w: this needs CAP_NET_ADMIN over the user namespace that owns the pod's network namespace", err)
-	}
-	if !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.EPROTONOSUPPORT) {
-		return err
+	if !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.EINVAL) {
+		return permission(err)
 	}
 	for _, f := range nftFeatures() {
-		if probe := c.probe(f); probe != nil {
+		if c.probe(f) != nil {
 			return &Unsupported{What: "nftables: the kernel has no " + f.what, Need: f.need, Err: err}
 		}
 	}
@@ -221,25 +312,33 @@ func nftFeatures() []nftFeature {
 	nat, filter := nftables.ChainTypeNAT, nftables.ChainTypeFilter
 	out, pre := nftables.ChainHookOutput, nftables.ChainHookPrerouting
 	return []nftFeature{
-		{"nf_tables", "Linux 3.13 with CONFIG_NF_TABLES and CONFIG_NF_TABLES_INET", filter, out, &line{}},
+		{"nf_tables for family inet", "Linux 3.14 with CONFIG_NF_TABLES and CONFIG_NF_TABLES_INET", filter, out, &line{}},
 		{"NAT in tables of family inet", "Linux 5.2 with CONFIG_NFT_NAT", nat, out, &line{}},
 		{"redirect", "Linux 5.2 with CONFIG_NFT_REDIR", nat, out, (&line{}).l4proto("==", redirect.ProtoTCP).redirect(1)},
 		{"fib lookup", "Linux 4.10 with CONFIG_NFT_FIB_INET", filter, out, (&line{}).fib("daddr", redirect.Local)},
-		{"connection tracking expressions", "Linux 3.13 with CONFIG_NFT_CT", filter, out, (&line{}).ctDirection(directionReply)},
+		{"connection tracking expressions", "Linux 3.14 with CONFIG_NFT_CT", filter, out, (&line{}).ctDirection(directionReply)},
 		{"conntrack zones", "Linux 4.11 with CONFIG_NF_CONNTRACK_ZONES", filter, out, (&line{}).ctZoneSet()},
 		{"conntrack marks", "Linux 3.14 with CONFIG_NF_CONNTRACK_MARK", filter, out, (&line{}).ctMarkSet(markToLo)},
 		{"tproxy", "Linux 4.19 with CONFIG_NFT_TPROXY", filter, pre, (&line{}).l4proto("==", redirect.ProtoTCP).tproxy(1)},
 	}
 }
 
-// probe tries a feature in a table that the same transaction removes again.
+// probe tries a feature in a chain that the same transaction removes again.
 func (c *nftConn) probe(f nftFeature) error {
-	t := &nftables.Table{Name: TableName + "_probe", Family: nftables.TableFamilyINet}
-	c.AddTable(t)
-	ch := c.AddChain(&nftables.Chain{Table: t, Name: "probe", Type: f.typ, Hooknum: f.hook, Priority: nftables.ChainPriorityFilter})
-	if len(f.rule.exprs) > 0 {
-		c.AddRule(&nftables.Rule{Table: t, Chain: ch, Exprs: append(f.rule.exprs, &expr.Counter{})})
+	const name = TableName + "_probe"
+	table := func(b *batch, msg, flags uint16) {
+		b.nft(msg, flags, name, func() { b.str(unix.NFTA_TABLE_NAME, name) })
 	}
-	c.DelTable(t)
-	return c.Flush()
+	prio := nftables.ChainPriorityFilter
+	ch := &nftChain{table: name, name: "probe", typ: f.typ, hook: f.hook, prio: prio}
+	b := c.newBatch()
+	table(b, unix.NFT_MSG_NEWTABLE, unix.NLM_F_CREATE)
+	b.chain(ch)
+	if len(f.rule.exprs) > 0 {
+		if err := b.rule(ch, nftRule{exprs: f.rule.exprs}); err != nil {
+			return err
+		}
+	}
+	table(b, unix.NFT_MSG_DELTABLE, 0)
+	return c.commit(b)
 }

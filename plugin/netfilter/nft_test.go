@@ -1,9 +1,11 @@
 package netfilter
 
 import (
+	"fmt"
 	"os/exec"
 	"regexp"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 
@@ -56,7 +58,12 @@ var spaces = regexp.MustCompile(`\s+`)
 // element lists gone.
 func squeeze(s string) string {
 	s = regexp.MustCompile(`packets \d+ bytes \d+`).ReplaceAllString(s, "packets 0 bytes 0")
-	return spaces.ReplaceAllString(s, " ")
+	s = spaces.ReplaceAllString(s, " ")
+	return regexp.MustCompile(`elements = \{[^}]*\}`).ReplaceAllStringFunc(s, func(list string) string {
+		items := strings.Split(strings.Trim(list[len("elements = "):], "{ }"), ", ")
+		slices.Sort(items) // a hash lists them in the order of its buckets
+		return strings.Join(items, ", ")
+	})
 }
 
 var policies = map[string]string{
@@ -70,6 +77,17 @@ var policies = map[string]string{
 	"tproxy-hairpin": `{"v":1,"proxy":{"uids":[1337,1338],"hairpin":true},"inbound":{"port":15006,"mode":"tproxy"},"exceptInterfaces":["eth1"]}`,
 	"v6nets":         `{"v":1,"outbound":{"port":8900,"nets":["fd00::/8"]}}`,
 	"dns":            `{"v":1,"proxy":{"uids":[1]},"dns":{"port":5353},"outbound":{"port":0,"exceptNets":["10.0.0.0/8","fd00::/8","11.0.0.0/9"],"exceptUIDs":[5,6]}}`,
+}
+
+func init() { // lists long enough for hashes
+	var ports, nets []string
+	for i := range 2 * hashFrom {
+		ports = append(ports, fmt.Sprint(1000+3*i))
+		nets = append(nets, fmt.Sprintf(`"10.0.%d.0/25","fd00:0:0:%x::/64","172.16.0.%d/32"`, i, i, i))
+	}
+	policies["long"] = fmt.Sprintf(`{"v":1,"inbound":{"port":8901,"exceptPorts":"%s,9000-9010","exceptSources":[%s]},
+	  "outbound":{"port":8900,"ports":"%[1]s,5-6","exceptPorts":"%[1]s","exceptNets":[%[2]s,"11.0.0.0/8","fe00::/9"],"nets":[%[2]s,"12.0.0.0/8"]},"dns":{"port":53}}`,
+		strings.Join(ports, ","), strings.Join(nets, ","))
 }
 
 func parse(t *testing.T, text string) *redirect.Policy {

@@ -22,29 +22,14 @@ import (
 // what it does not know it drops, so that a tampered rule could look right.
 
 // dump asks for all objects of one kind, of our table where the kernel filters.
-func (c *nftConn) dump(msg uint16, attrs ...netlink.Attribute) ([][]netlink.Attribute, error) {
-	data, err := netlink.MarshalAttributes(attrs)
-	if err != nil {
-		return nil, err
-	}
-	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{NetNS: c.ns})
-	if err != nil {
-		return nil, err
-	}
-	defer conn.Close()
-	replies, err := conn.Execute(netlink.Message{
-		Header: netlink.Header{Type: netlink.HeaderType(unix.NFNL_SUBSYS_NFTABLES<<8 | msg), Flags: netlink.Request | netlink.Dump},
-		Data:   append([]byte{unix.NFPROTO_INET, unix.NFNETLINK_V0, 0, 0}, data...),
-	})
+func (c *nftConn) dump(msg, tableAttr uint16) ([][]netlink.Attribute, error) {
+	out, err := c.request(msg, true, func(m *message) { m.str(tableAttr, TableName) })
 	if err != nil {
 		return nil, fmt.Errorf("reading nft table inet %s: %w", TableName, err)
 	}
-	const headerLen = 4 // struct nfgenmsg
-	out := make([][]netlink.Attribute, len(replies))
-	for i, m := range replies {
-		out[i] = attributes(m.Data[headerLen:])
-	}
-	return out, nil
+	return slices.DeleteFunc(out, func(attrs []netlink.Attribute) bool {
+		return cString(find(attrs, tableAttr)) != TableName
+	}), nil
 }
 
 // A tree is one netlink message's attributes: leaves by path, zero values left
@@ -98,9 +83,10 @@ func exprsOf(list []byte) []string {
 		switch name {
 		case "lookup":
 			delete(t, fmt.Sprintf("lookup/2/%d", unix.NFTA_LOOKUP_SET_ID)) // of the transaction only
-		case "nat": // the kernel fills in the end of the range and says that there is one
+		case "nat": // the kernel fills in the end of the range, and says that there is one
 			delete(t, fmt.Sprintf("nat/2/%d", unix.NFTA_NAT_REG_ADDR_MAX))
-			delete(t, fmt.Sprintf("nat/2/%d", unix.NFTA_NAT_FLAGS))
+			flags := fmt.Sprintf("nat/2/%d", unix.NFTA_NAT_FLAGS)
+			t[flags] = binary.BigEndian.AppendUint32(nil, beUint32(t[flags])|unix.NF_NAT_RANGE_MAP_IPS)
 		}
 		out = append(out, name+t.String())
 	}
@@ -131,7 +117,7 @@ func (t tree) String() string {
 // check compares the table in the kernel with the one it should be; nil means
 // that there should be none.
 func (c *nftConn) check(want *nftTable) error {
-	there, err := c.hasTable()
+	flags, there, err := c.tableFlags()
 	if err != nil {
 		return err
 	}
@@ -143,6 +129,8 @@ func (c *nftConn) check(want *nftTable) error {
 		return nil
 	case !there:
 		return &Difference{Where: where, Want: "the table"}
+	case flags != 0:
+		return &Difference{Where: where, Want: "no flags", Have: fmt.Sprintf("flags %#x (1: dormant)", flags)}
 	}
 	if err := c.checkChains(want, where); err != nil {
 		return err
@@ -154,21 +142,18 @@ func (c *nftConn) check(want *nftTable) error {
 }
 
 func (c *nftConn) checkChains(want *nftTable, where string) error {
-	replies, err := c.dump(unix.NFT_MSG_GETCHAIN)
+	replies, err := c.dump(unix.NFT_MSG_GETCHAIN, unix.NFTA_CHAIN_TABLE)
 	if err != nil {
 		return err
 	}
 	have := map[string]string{}
 	for _, attrs := range replies {
-		if cString(find(attrs, unix.NFTA_CHAIN_TABLE)) != TableName {
-			continue
-		}
 		desc := "a chain without a hook"
 		if hook := attributes(find(attrs, unix.NFTA_CHAIN_HOOK)); len(hook) > 0 {
 			desc = describeChain(cString(find(attrs, unix.NFTA_CHAIN_TYPE)),
-				binary.BigEndian.Uint32(find(hook, unix.NFTA_HOOK_HOOKNUM)),
-				int32(binary.BigEndian.Uint32(find(hook, unix.NFTA_HOOK_PRIORITY))),
-				binary.BigEndian.Uint32(find(attrs, unix.NFTA_CHAIN_POLICY)))
+				beUint32(find(hook, unix.NFTA_HOOK_HOOKNUM)),
+				int32(beUint32(find(hook, unix.NFTA_HOOK_PRIORITY))),
+				beUint32(find(attrs, unix.NFTA_CHAIN_POLICY)))
 		}
 		have[cString(find(attrs, unix.NFTA_CHAIN_NAME))] = desc
 	}
@@ -212,15 +197,12 @@ type haveRule struct {
 }
 
 func (c *nftConn) checkRules(want *nftTable, where string) error {
-	replies, err := c.dump(unix.NFT_MSG_GETRULE, netlink.Attribute{Type: unix.NFTA_RULE_TABLE, Data: []byte(TableName + "\x00")})
+	replies, err := c.dump(unix.NFT_MSG_GETRULE, unix.NFTA_RULE_TABLE)
 	if err != nil {
 		return err
 	}
 	have := map[string][]haveRule{}
 	for _, attrs := range replies {
-		if cString(find(attrs, unix.NFTA_RULE_TABLE)) != TableName {
-			continue
-		}
 		chain := cString(find(attrs, unix.NFTA_RULE_CHAIN))
 		text, _ := userdata.GetString(find(attrs, unix.NFTA_RULE_USERDATA), userdata.TypeComment)
 		have[chain] = append(have[chain], haveRule{exprsOf(find(attrs, unix.NFTA_RULE_EXPRESSIONS)), text})
@@ -280,56 +262,71 @@ func (h haveRule) describe(ch *nftChain) string {
 }
 
 func (c *nftConn) checkSets(want *nftTable, where string) error {
-	sets, err := c.GetSets(c.table)
+	replies, err := c.dump(unix.NFT_MSG_GETSET, unix.NFTA_SET_TABLE)
 	if err != nil {
-		return fmt.Errorf("reading the sets of %s: %w", where, err)
+		return err
 	}
-	have := map[string]*nftables.Set{}
-	for _, s := range sets {
-		have[s.Name] = s
+	have := map[string]string{}
+	for _, attrs := range replies {
+		have[cString(find(attrs, unix.NFTA_SET_NAME))] = describeSet(beUint32(find(attrs, unix.NFTA_SET_KEY_TYPE)), beUint32(find(attrs, unix.NFTA_SET_FLAGS)))
 	}
 	for _, s := range want.sets {
 		at := where + ", set " + s.name
 		got, ok := have[s.name]
-		if !ok {
-			return &Difference{Where: at, Want: "the set"}
-		}
 		delete(have, s.name)
-		if got.Interval != s.interval || got.KeyType.Bytes != s.key.Bytes {
-			return &Difference{Where: at, Want: "type " + s.key.Name, Have: "type " + got.KeyType.Name}
+		if desc := describeSet(s.key.GetNFTMagic(), s.flags()); !ok || got != desc {
+			return &Difference{Where: at, Want: desc, Have: got}
 		}
-		elems, err := c.GetSetElements(got)
+		lists, err := c.request(unix.NFT_MSG_GETSETELEM, true, func(m *message) {
+			m.str(unix.NFTA_SET_ELEM_LIST_TABLE, TableName)
+			m.str(unix.NFTA_SET_ELEM_LIST_SET, s.name)
+		})
 		if err != nil {
 			return fmt.Errorf("reading the elements of %s: %w", at, err)
 		}
-		if d := diffElements(s, elems); d != nil {
+		if d := diffElements(s, lists); d != nil {
 			d.Where = at
 			return d
 		}
 	}
-	for name := range have {
-		return &Difference{Where: where + ", set " + name, Have: "the set"}
+	for name, desc := range have {
+		return &Difference{Where: where + ", set " + name, Have: desc}
 	}
 	return nil
 }
 
-func diffElements(set *nftSet, have []nftables.SetElement) *Difference {
-	key := func(e nftables.SetElement) string {
-		s := "element " + keyText(set, e.Key)
-		if e.IntervalEnd {
-			s = "end of interval before " + keyText(set, e.Key)
+func beUint32(b []byte) uint32 {
+	if len(b) != 4 {
+		return 0
+	}
+	return binary.BigEndian.Uint32(b)
+}
+
+func describeSet(keyType, flags uint32) string {
+	return fmt.Sprintf("a set of key type %d, flags %d", keyType, flags)
+}
+
+func diffElements(set *nftSet, lists [][]netlink.Attribute) *Difference {
+	text := func(key []byte, end bool) string {
+		if end {
+			return "end of interval before " + keyText(set, key)
 		}
-		return s
+		return "element " + keyText(set, key)
 	}
 	found := map[string]bool{}
-	for _, e := range have {
-		// The kernel opens an interval set with the end of nothing.
-		if !e.IntervalEnd || len(bytes.Trim(e.Key, "\x00")) > 0 {
-			found[key(e)] = true
+	for _, attrs := range lists {
+		for _, el := range attributes(find(attrs, unix.NFTA_SET_ELEM_LIST_ELEMENTS)) {
+			e := attributes(el.Data)
+			key := find(attributes(find(e, unix.NFTA_SET_ELEM_KEY)), unix.NFTA_DATA_VALUE)
+			end := beUint32(find(e, unix.NFTA_SET_ELEM_FLAGS))&unix.NFT_SET_ELEM_INTERVAL_END != 0
+			// The kernel opens an interval set with the end of nothing.
+			if !end || len(bytes.Trim(key, "\x00")) > 0 {
+				found[text(key, end)] = true
+			}
 		}
 	}
-	for _, e := range set.elems {
-		k := key(e)
+	for i := range set.elems {
+		k := text(set.bytes(&set.elems[i]), set.elems[i].end)
 		if !found[k] {
 			return &Difference{Want: k}
 		}
@@ -342,6 +339,9 @@ func diffElements(set *nftSet, have []nftables.SetElement) *Difference {
 }
 
 func keyText(set *nftSet, key []byte) string {
+	if len(key) != int(set.key.Bytes) {
+		return fmt.Sprintf("%x", key)
+	}
 	switch set.key {
 	case nftables.TypeInetService:
 		return fmt.Sprint(binary.BigEndian.Uint16(key))
@@ -350,6 +350,8 @@ func keyText(set *nftSet, key []byte) string {
 		return a.String()
 	case nftables.TypeIFName:
 		return cString(key)
+	case nftables.TypeUID, nftables.TypeGID:
+		return fmt.Sprint(binary.NativeEndian.Uint32(key))
 	}
-	return fmt.Sprint(binary.NativeEndian.Uint32(key))
+	return fmt.Sprintf("%d . %d", key[0], binary.BigEndian.Uint16(key[4:])) // portHash
 }

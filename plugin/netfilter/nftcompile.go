@@ -5,11 +5,9 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
-	"strconv"
 	"strings"
 
 	"github.com/google/nftables"
-	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
 	"github.com/preroute/preroute/plugin/redirect"
 	"golang.org/x/sys/unix"
@@ -24,16 +22,8 @@ type nftTable struct {
 	protos redirect.Proto // that the first rule of the output chains lets on
 }
 
-type nftSet struct {
-	name     string
-	key      nftables.SetDatatype
-	host     bool // keys are in host byte order
-	interval bool
-	elems    []nftables.SetElement
-	text     []string
-}
-
 type nftChain struct {
+	table string
 	name  string
 	typ   nftables.ChainType // "" for a chain that is only jumped to
 	hook  *nftables.ChainHook
@@ -66,11 +56,11 @@ func (t *nftTable) String() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "table inet %s {\n", TableName)
 	for _, s := range t.sets {
-		flags := ""
+		flags := fmt.Sprintf("\t\tsize %d\n", len(s.elems))
 		if s.interval {
 			flags = "\t\tflags interval\n"
 		}
-		fmt.Fprintf(&b, "\tset %s {\n\t\ttype %s\n%s\t\telements = { %s }\n\t}\n\n", s.name, s.key.Name, flags, strings.Join(s.text, ", "))
+		fmt.Fprintf(&b, "\tset %s {\n\t\ttype %s\n%s\t\telements = { %s }\n\t}\n\n", s.name, s.key.Name, flags, strings.Join(s.text(), ", "))
 	}
 	for i, c := range t.chains {
 		if i > 0 {
@@ -227,7 +217,7 @@ func (t *nftTable) markChain(p *redirect.Policy, rules []redirect.Rule) {
 func (r nftRule) acts() bool { return !strings.HasSuffix(r.text, " accept") }
 
 func (t *nftTable) chain(name string, typ nftables.ChainType, hook *nftables.ChainHook, prio *nftables.ChainPriority, where string) *nftChain {
-	c := &nftChain{name: name, typ: typ, hook: hook, prio: prio, where: where}
+	c := &nftChain{table: TableName, name: name, typ: typ, hook: hook, prio: prio, where: where}
 	t.chains = append(t.chains, c)
 	return c
 }
@@ -274,39 +264,44 @@ func (t *nftTable) lines(r redirect.Rule) []*line {
 	protos := []redirect.Proto{0}
 	switch {
 	case r.Verdict == redirect.Redirect || r.Verdict == redirect.TProxy || m.SrcPort != 0:
-		protos = protos[:0]
-		for _, p := range []redirect.Proto{redirect.ProtoTCP, redirect.ProtoUDP} {
-			if m.Proto&p != 0 {
-				protos = append(protos, p)
-			}
-		}
+		protos = m.Proto.Each()
 	case r.Chain == redirect.ChainOutput && m.Proto != t.protos:
 		protos[0] = m.Proto
 	}
 	var out []*line
 	for _, proto := range protos {
 		for _, owner := range t.owners(m) {
-			for _, fam := range t.addresses(r) {
-				l := &line{}
-				if proto != 0 {
-					l.l4proto("==", proto)
+			for _, addrs := range t.addresses(r) {
+				for _, ports := range t.ports(r, proto) {
+					l := &line{}
+					if proto != 0 {
+						l.l4proto("==", proto)
+					}
+					if len(m.Interfaces) > 0 {
+						l.interfaces(t, r.Chain, m.Interfaces)
+					}
+					l.join(owner).join(addrs).join(ports)
+					l.fib("saddr", m.SrcIs).fib("daddr", m.DstIs)
+					out = append(out, l)
 				}
-				if len(m.Interfaces) > 0 {
-					l.interfaces(t, r.Chain, m.Interfaces)
-				}
-				l.join(owner).join(fam)
-				if m.SrcPort != 0 {
-					l.port(proto, "sport", "==", m.SrcPort)
-				}
-				if len(m.DstPorts) > 0 {
-					l.ports(t, proto, "==", m.DstPorts, portSet(r, "except_ports"))
-				}
-				if len(m.NotDstPorts) > 0 {
-					l.ports(t, proto, "!=", m.NotDstPorts, portSet(r, "ports"))
-				}
-				l.fib("saddr", m.SrcIs).fib("daddr", m.DstIs)
-				out = append(out, l)
 			}
+		}
+	}
+	return out
+}
+
+// ports is what the match says of ports: one line, or one of several that have
+// to match.
+func (t *nftTable) ports(r redirect.Rule, proto redirect.Proto) []*line {
+	m := r.Match
+	var out []*line
+	for _, yes := range portTests(t, proto, m.Proto, "==", m.DstPorts, portSet(r, "except_ports")) {
+		for _, no := range portTests(t, proto, m.Proto, "!=", m.NotDstPorts, portSet(r, "ports")) {
+			l := &line{}
+			if m.SrcPort != 0 {
+				l.port(proto, "sport", "==", m.SrcPort)
+			}
+			out = append(out, l.join(yes).join(no))
 		}
 	}
 	return out
@@ -334,7 +329,8 @@ func (t *nftTable) owners(m redirect.Match) []*line {
 	return out
 }
 
-// addresses is one line per family where the match names networks.
+// addresses is what the match says of networks: a line per family, or several of
+// which one has to match.
 func (t *nftTable) addresses(r redirect.Rule) []*line {
 	m := r.Match
 	if len(m.Src)+len(m.NotSrc)+len(m.Dst)+len(m.NotDst) == 0 {
@@ -350,78 +346,14 @@ func (t *nftTable) addresses(r redirect.Rule) []*line {
 		if is4 {
 			any = netip.IPv4Unspecified()
 		}
-		l := (&line{}).nfproto(any)
-		l.nets(t, "saddr", "==", src, "except_sources").nets(t, "saddr", "!=", notSrc, "passthrough")
-		l.nets(t, "daddr", "==", dst, "except_nets").nets(t, "daddr", "!=", notDst, "nets")
-		out = append(out, l)
+		no := (&line{}).join(netTests(t, "saddr", "!=", notSrc, "passthrough")[0]).join(netTests(t, "daddr", "!=", notDst, "nets")[0])
+		for _, from := range netTests(t, "saddr", "==", src, "except_sources") {
+			for _, to := range netTests(t, "daddr", "==", dst, "except_nets") {
+				out = append(out, (&line{}).nfproto(any).join(from).join(to).join(no))
+			}
+		}
 	}
 	return out
-}
-
-// set returns the set of that name and content, made when it is not there yet.
-func (t *nftTable) set(s *nftSet) *nftSet {
-	for _, have := range t.sets {
-		if have.name == s.name && slices.Equal(have.text, s.text) {
-			return have
-		}
-	}
-	base := s.name
-	for n := 2; slices.ContainsFunc(t.sets, func(have *nftSet) bool { return have.name == s.name }); n++ {
-		s.name = fmt.Sprintf("%s_%d", base, n)
-	}
-	t.sets = append(t.sets, s)
-	return s
-}
-
-func idSet(name string, key nftables.SetDatatype, ids []uint32) *nftSet {
-	s := &nftSet{name: name, key: key, host: true}
-	ids = slices.Clone(ids)
-	slices.Sort(ids)
-	for _, id := range slices.Compact(ids) {
-		s.elems = append(s.elems, nftables.SetElement{Key: binaryutil.NativeEndian.PutUint32(id)})
-		s.text = append(s.text, strconv.FormatUint(uint64(id), 10))
-	}
-	return s
-}
-
-func portRangeSet(name string, ports redirect.Ports) *nftSet {
-	s := &nftSet{name: name, key: nftables.TypeInetService, interval: true}
-	for _, r := range ports {
-		s.elems = append(s.elems, nftables.SetElement{Key: be16(r.First)})
-		if r.Last < 65535 {
-			s.elems = append(s.elems, nftables.SetElement{Key: be16(r.Last + 1), IntervalEnd: true})
-		}
-		s.text = append(s.text, r.String())
-	}
-	return s
-}
-
-func netSet(name string, nets redirect.Nets) *nftSet {
-	s := &nftSet{name: name + "4", key: nftables.TypeIPAddr, interval: true}
-	if nets[0].Addr().Is6() {
-		s.name, s.key = name+"6", nftables.TypeIP6Addr
-	}
-	for _, n := range nets {
-		s.elems = append(s.elems, nftables.SetElement{Key: n.Addr().AsSlice()})
-		if end := lastAddr(n).Next(); end.IsValid() {
-			s.elems = append(s.elems, nftables.SetElement{Key: end.AsSlice(), IntervalEnd: true})
-		}
-		if n.IsSingleIP() {
-			s.text = append(s.text, n.Addr().String())
-		} else {
-			s.text = append(s.text, n.String())
-		}
-	}
-	return s
-}
-
-func lastAddr(n netip.Prefix) netip.Addr {
-	b := n.Addr().AsSlice()
-	for i := n.Bits(); i < len(b)*8; i++ {
-		b[i/8] |= 0x80 >> (i % 8)
-	}
-	a, _ := netip.AddrFromSlice(b)
-	return a
 }
 
 func be16(n uint16) []byte { return binary.BigEndian.AppendUint16(nil, n) }

@@ -5,7 +5,6 @@ import (
 	"strings"
 
 	"github.com/google/nftables/userdata"
-	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -23,15 +22,12 @@ func (NFT) Counters(ns int) ([]Counter, error) {
 		return nil, err
 	}
 	defer c.close()
-	replies, err := c.dump(unix.NFT_MSG_GETRULE, netlink.Attribute{Type: unix.NFTA_RULE_TABLE, Data: []byte(TableName + "\x00")})
+	replies, err := c.dump(unix.NFT_MSG_GETRULE, unix.NFTA_RULE_TABLE)
 	if err != nil {
 		return nil, err
 	}
 	var out []Counter
 	for _, attrs := range replies {
-		if cString(find(attrs, unix.NFTA_RULE_TABLE)) != TableName {
-			continue
-		}
 		text, _ := userdata.GetString(find(attrs, unix.NFTA_RULE_USERDATA), userdata.TypeComment)
 		counter := Counter{Chain: cString(find(attrs, unix.NFTA_RULE_CHAIN)), Rule: strings.TrimRight(text, "\x00")}
 		for _, el := range attributes(find(attrs, unix.NFTA_RULE_EXPRESSIONS)) {

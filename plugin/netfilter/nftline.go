@@ -3,7 +3,6 @@ package netfilter
 import (
 	"fmt"
 	"net/netip"
-	"strings"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
@@ -61,11 +60,9 @@ func u32(n uint32) []byte { return binaryutil.NativeEndian.PutUint32(n) }
 
 // meta l4proto tcp; meta l4proto != udp
 func (l *line) l4proto(op string, protos redirect.Proto) *line {
-	for _, p := range []redirect.Proto{redirect.ProtoTCP, redirect.ProtoUDP} {
-		if protos&p != 0 {
-			l.add(fmt.Sprintf("meta l4proto %s%s", sign(op), p),
-				&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg}, cmp(op, []byte{protoNumber(p)}))
-		}
+	for _, p := range protos.Each() {
+		l.add(fmt.Sprintf("meta l4proto %s%s", sign(op), p),
+			&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg}, cmp(op, []byte{protoNumber(p)}))
 	}
 	return l
 }
@@ -103,14 +100,7 @@ func (l *line) interfaces(t *nftTable, chain redirect.Chain, names []string) *li
 	if len(names) == 1 {
 		return l.ifname(key, names[0])
 	}
-	s := &nftSet{name: "except_interfaces", key: nftables.TypeIFName, host: true}
-	for _, n := range names {
-		if q := fmt.Sprintf("%q", n); !strings.Contains(strings.Join(s.text, ","), q) {
-			s.elems = append(s.elems, nftables.SetElement{Key: ifnameKey(n)})
-			s.text = append(s.text, q)
-		}
-	}
-	s = t.set(s)
+	s := t.set(interfaceSet(names))
 	return l.add(key+" @"+s.name, &expr.Meta{Key: k, Register: reg}, lookup(s, "=="))
 }
 
@@ -121,11 +111,10 @@ func (l *line) ids(t *nftTable, key string, ids []uint32) *line {
 		k, typ = expr.MetaKeySKGID, nftables.TypeGID
 	}
 	load := &expr.Meta{Key: k, Register: reg}
-	s := idSet(key+"s", typ, ids)
-	if len(s.elems) == 1 {
-		return l.add(fmt.Sprintf("meta %s %s", key, s.text[0]), load, cmp("==", s.elems[0].Key))
+	if len(ids) == 1 {
+		return l.add(fmt.Sprintf("meta %s %d", key, ids[0]), load, cmp("==", u32(ids[0])))
 	}
-	s = t.set(s)
+	s := t.set(idSet(key+"s", typ, ids))
 	return l.add(fmt.Sprintf("meta %s @%s", key, s.name), load, lookup(s, "=="))
 }
 
@@ -158,26 +147,79 @@ func (l *line) addr(field, op string, n netip.Prefix) *line {
 		return l.add(fmt.Sprintf("%s %s%s", name, sign(op), n.Addr()), load, cmp(op, n.Addr().AsSlice()))
 	}
 	size := load.Len
-	mask := make([]byte, size)
-	for i := range n.Bits() {
-		mask[i/8] |= 0x80 >> (i % 8)
-	}
+	mask := prefixMask(n.Bits(), int(size))
 	return l.add(fmt.Sprintf("%s %s%s", name, sign(op), n), load,
 		&expr.Bitwise{SourceRegister: reg, DestRegister: reg, Len: size, Mask: mask, Xor: make([]byte, size)},
 		cmp(op, n.Addr().AsSlice()))
 }
 
-// ip daddr @except_nets4
-func (l *line) nets(t *nftTable, field, op string, nets redirect.Nets, set string) *line {
+// netTests is the statements of which one (op "==") or all (op "!=") have to
+// hold: ip daddr @except_nets4; and for lists of many networks of one size,
+// ip daddr & 255.255.255.0 == @except_nets4_24.
+func netTests(t *nftTable, field, op string, nets redirect.Nets, set string) []*line {
 	if len(nets) == 0 {
-		return l
+		return []*line{{}}
 	}
 	if len(nets) == 1 && nets[0].Bits() > 0 {
-		return l.addr(field, op, nets[0])
+		return []*line{(&line{}).addr(field, op, nets[0])}
 	}
-	s := t.set(netSet(set, nets))
-	name, load := loadAddr(nets[0].Addr(), field)
-	return l.add(fmt.Sprintf("%s %s@%s", name, sign(op), s.name), load, lookup(s, op))
+	bySize := map[int]redirect.Nets{}
+	for _, n := range nets {
+		bySize[n.Bits()] = append(bySize[n.Bits()], n)
+	}
+	var tests []*line
+	var few redirect.Nets
+	for _, n := range nets {
+		if many := bySize[n.Bits()]; len(many) < hashFrom {
+			few = append(few, n)
+		} else if many[0] == n {
+			tests = append(tests, (&line{}).masked(field, op, n.Bits(), t.set(netHash(set, many))))
+		}
+	}
+	if len(few) > 0 {
+		s := t.set(netSet(set, few))
+		name, load := loadAddr(few[0].Addr(), field)
+		tests = append(tests, (&line{}).add(fmt.Sprintf("%s %s@%s", name, sign(op), s.name), load, lookup(s, op)))
+	}
+	return anyOrAll(op, tests)
+}
+
+// anyOrAll puts tests that all have to hold on one line.
+func anyOrAll(op string, tests []*line) []*line {
+	if op != "!=" {
+		return tests
+	}
+	all := &line{}
+	for _, l := range tests {
+		all.join(l)
+	}
+	return []*line{all}
+}
+
+// ip daddr & 255.255.255.0 == @except_nets4_24
+func (l *line) masked(field, op string, bits int, s *nftSet) *line {
+	size := int(s.key.Bytes)
+	a, _ := netip.AddrFromSlice(make([]byte, size))
+	name, load := loadAddr(a, field)
+	exprs, is := []expr.Any{load}, sign(op)
+	if bits < size*8 {
+		if op == "==" {
+			is = "== "
+		}
+		mask := prefixMask(bits, size)
+		m, _ := netip.AddrFromSlice(mask)
+		name += " & " + m.String()
+		exprs = append(exprs, &expr.Bitwise{SourceRegister: reg, DestRegister: reg, Len: uint32(size), Mask: mask, Xor: make([]byte, size)})
+	}
+	return l.add(fmt.Sprintf("%s %s@%s", name, is, s.name), append(exprs, lookup(s, op))...)
+}
+
+func prefixMask(bits, size int) []byte {
+	mask := make([]byte, size)
+	for i := range bits {
+		mask[i/8] |= 0x80 >> (i % 8)
+	}
+	return mask
 }
 
 func loadPort(proto redirect.Proto, field string) (string, *expr.Payload) {
@@ -198,14 +240,41 @@ func (l *line) port(proto redirect.Proto, field, op string, port uint16) *line {
 	return l.add(fmt.Sprintf("%s %s%d", name, sign(op), port), load, cmp(op, be16(port)))
 }
 
-// th dport @out_except_ports
-func (l *line) ports(t *nftTable, proto redirect.Proto, op string, ports redirect.Ports, set string) *line {
-	if len(ports) == 1 && ports[0].First == ports[0].Last {
-		return l.port(proto, "dport", op, ports[0].First)
+// portTests is the statements of which one (op "==") or all (op "!=") have to
+// hold: th dport @out_except_ports; and for many single ports,
+// meta l4proto . th dport @out_except_ports_single.
+func portTests(t *nftTable, proto, protos redirect.Proto, op string, ports redirect.Ports, set string) []*line {
+	if len(ports) == 0 {
+		return []*line{{}}
 	}
-	s := t.set(portRangeSet(set, ports))
-	name, load := loadPort(proto, "dport")
-	return l.add(fmt.Sprintf("%s %s@%s", name, sign(op), s.name), load, lookup(s, op))
+	if len(ports) == 1 && ports[0].First == ports[0].Last {
+		return []*line{(&line{}).port(proto, "dport", op, ports[0].First)}
+	}
+	var single, ranges redirect.Ports
+	for _, r := range ports {
+		if r.First == r.Last {
+			single = append(single, r)
+		} else {
+			ranges = append(ranges, r)
+		}
+	}
+	if len(single) < hashFrom {
+		single, ranges = nil, ports
+	}
+	var tests []*line
+	if len(single) > 0 {
+		s := t.set(portHash(set, protos, single))
+		tests = append(tests, (&line{}).add(fmt.Sprintf("meta l4proto . th dport %s@%s", sign(op), s.name),
+			&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg},
+			&expr.Payload{DestRegister: unix.NFT_REG32_01, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
+			lookup(s, op)))
+	}
+	if len(ranges) > 0 {
+		s := t.set(portRangeSet(set, ranges))
+		name, load := loadPort(proto, "dport")
+		tests = append(tests, (&line{}).add(fmt.Sprintf("%s %s@%s", name, sign(op), s.name), load, lookup(s, op)))
+	}
+	return anyOrAll(op, tests)
 }
 
 // fib daddr type local
@@ -324,13 +393,16 @@ func (l *line) tproxy(port uint16) *line {
 	return l.verdict(expr.VerdictAccept, "")
 }
 
-// counter packets 0 bytes 0 snat ip to 127.0.0.1
+// counter packets 0 bytes 0 snat ip to 127.0.0.1 fully-random
+//
+// Left to itself the kernel keeps the source port where it can, and two CPUs
+// that find the same one free at once lose a packet: one of 3000 in a burst.
 func (l *line) snat(a netip.Addr) *line {
 	fam, family := "ip", uint32(unix.NFPROTO_IPV4)
 	if a.Is6() {
 		fam, family = "ip6", unix.NFPROTO_IPV6
 	}
-	return l.counter().add(fmt.Sprintf("snat %s to %s", fam, a),
+	return l.counter().add(fmt.Sprintf("snat %s to %s fully-random", fam, a),
 		&expr.Immediate{Register: reg, Data: a.AsSlice()},
-		&expr.NAT{Type: expr.NATTypeSourceNAT, Family: family, RegAddrMin: reg})
+		&expr.NAT{Type: expr.NATTypeSourceNAT, Family: family, RegAddrMin: reg, FullyRandom: true})
 }

@@ -1,10 +1,13 @@
 package netfilter
 
 import (
+	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
 	"slices"
+	"syscall"
 
 	"github.com/preroute/preroute/plugin/redirect"
 	"github.com/vishvananda/netlink"
@@ -67,6 +70,8 @@ var families = []struct {
 // loIndex is the index of lo, the first device of every network namespace.
 const loIndex = 1
 
+// toLoItems starts each family with its rule, which without its route does
+// nothing, so that the rule tells of everything (strayRoutes).
 func toLoItems() []item {
 	var items []item
 	for _, f := range families {
@@ -80,16 +85,16 @@ func toLoItems() []item {
 		}
 		items = append(items,
 			item{
-				what:   fmt.Sprintf("ip %s route local default dev lo table %d", f.flag, routeID),
-				add:    func(h *netlink.Handle) error { return h.RouteAdd(route) },
-				del:    func(h *netlink.Handle) error { return h.RouteDel(route) },
-				exists: func(h *netlink.Handle) (bool, error) { return routeExists(h, route) },
-			},
-			item{
 				what:   fmt.Sprintf("ip %s rule pref %d fwmark %#x/%#x lookup %d", f.flag, routeID, markToLo, markToLo, routeID),
 				add:    func(h *netlink.Handle) error { return h.RuleAdd(rule) },
 				del:    func(h *netlink.Handle) error { return h.RuleDel(rule) },
 				exists: func(h *netlink.Handle) (bool, error) { return ruleExists(h, rule) },
+			},
+			item{
+				what:   fmt.Sprintf("ip %s route local default dev lo table %d", f.flag, routeID),
+				add:    func(h *netlink.Handle) error { return h.RouteAdd(route) },
+				del:    func(h *netlink.Handle) error { return h.RouteDel(route) },
+				exists: func(h *netlink.Handle) (bool, error) { return routeExists(h, route) },
 			})
 	}
 	return items
@@ -109,7 +114,8 @@ func ruleExists(h *netlink.Handle, want *netlink.Rule) (bool, error) {
 
 func passthroughItem() item {
 	lo := &netlink.Device{LinkAttrs: netlink.LinkAttrs{Name: "lo", Index: loIndex}}
-	addr := &netlink.Addr{IPNet: &net.IPNet{IP: net.ParseIP("::6"), Mask: net.CIDRMask(128, 128)}}
+	// Without duplicate address detection: a proxy may bind to it at once.
+	addr := &netlink.Addr{Flags: unix.IFA_F_NODAD, IPNet: &net.IPNet{IP: net.ParseIP("::6"), Mask: net.CIDRMask(128, 128)}}
 	return item{
 		what: "ip -6 address ::6/128 dev lo",
 		add:  func(h *netlink.Handle) error { return h.AddrAdd(lo, addr) },
@@ -165,13 +171,18 @@ func addRoutes(ns int, p *redirect.Policy) (changed bool, undo func(), err error
 	if err != nil {
 		return false, undo, err
 	}
+	defer h.Close()
 	needed, _ := itemsOf(p)
 	var made []item
 	undo = func() {
-		for _, it := range slices.Backward(made) {
-			_ = it.del(h) // best effort on the way out of another error; without rules it has no effect
+		h, err := routeHandle(ns)
+		if err != nil {
+			return // best effort on the way out of another error; without rules it has no effect
 		}
-		h.Close()
+		defer h.Close()
+		for _, it := range slices.Backward(made) {
+			_ = it.del(h)
+		}
 	}
 	for _, it := range needed {
 		err := it.add(h)
@@ -200,7 +211,7 @@ func removeUnneeded(ns int, p *redirect.Policy) (changed bool, err error) {
 	}
 	defer h.Close()
 	_, rest := itemsOf(p)
-	for _, it := range rest {
+	for _, it := range slices.Backward(rest) {
 		there, err := it.exists(h)
 		if err != nil && !noIPv6(err) {
 			return changed, fmt.Errorf("looking for %s: %w", it.what, err)
@@ -214,6 +225,25 @@ func removeUnneeded(ns int, p *redirect.Policy) (changed bool, err error) {
 		changed = true
 	}
 	return changed, nil
+}
+
+// strayRoutes reports, cheaper than removeUnneeded can, whether it is worth a
+// call: on the path of every pod's start, where there is next to never anything.
+func strayRoutes(ns int, p *redirect.Policy) (stray bool) {
+	n := needsOf(p)
+	holds := func(msg, family int, b []byte) bool {
+		rib, err := syscall.NetlinkRIB(msg, family)
+		return err != nil || bytes.Contains(rib, b) // when in doubt, look closer
+	}
+	_, err := socketIn(ns, func() (int, error) {
+		// The priority of our rule, and the address ::6, as attributes.
+		priority := binary.NativeEndian.AppendUint32([]byte{8, 0, unix.FRA_PRIORITY, 0}, routeID)
+		six := append([]byte{20, 0, unix.IFA_ADDRESS, 0}, net.ParseIP("::6")...)
+		stray = !n.toLo && (holds(unix.RTM_GETRULE, unix.AF_INET, priority) || holds(unix.RTM_GETRULE, unix.AF_INET6, priority)) ||
+			!n.passthrough && holds(unix.RTM_GETADDR, unix.AF_INET6, six)
+		return -1, nil
+	})
+	return stray || err != nil
 }
 
 // RemoveRoutes takes away all routes, rules and addresses of ours.

@@ -1,7 +1,6 @@
 package redirect
 
 import (
-	"bytes"
 	"cmp"
 	"encoding/json"
 	"errors"
@@ -12,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"unicode"
 )
 
 // FieldError says which field of a policy is wrong, what it holds, and what it
@@ -39,7 +39,7 @@ func (e *FieldError) Error() string {
 // encoding/json alone would not do: it matches names without regard to case,
 // lets the last of two equal names win, and loses the path in its errors.
 func Parse(text string) (*Policy, error) {
-	n, err := parseJSON([]byte(text))
+	n, err := parseJSON(text)
 	if err != nil {
 		return nil, &FieldError{Value: short(text), Want: "not valid JSON: " + err.Error()}
 	}
@@ -50,110 +50,153 @@ func Parse(text string) (*Policy, error) {
 // hostile annotation costs nothing.
 const maxDepth = 8
 
-// A node is one JSON value with its members in the order they were written.
+// A node is one JSON value; of an object or a list with those inside it, in the
+// order they were written.
 type node struct {
-	kind    byte // '{', '[', '"', '0', 't' (either boolean) or 'n' (null)
-	raw     string
-	str     string
-	members []member
-	items   []node
+	kind  byte   // '{', '[', '"', '0', 't' (either boolean) or 'n' (null)
+	name  string // of a member of an object
+	value string // of a string what it says, else as written
+	kids  []node
 }
 
-type member struct {
-	name  string
-	value node
+// text is the value as written, shortened, for errors.
+func (n *node) text() string {
+	if n.kind == '"' {
+		return short(strconv.Quote(n.value))
+	}
+	return short(n.value)
 }
 
-func parseJSON(b []byte) (node, error) {
-	d := json.NewDecoder(bytes.NewReader(b))
-	d.UseNumber()
-	n, err := readNode(d, b, 0)
-	if err != nil {
+// parseJSON reads exactly one JSON value.
+func parseJSON(text string) (node, error) {
+	d := json.NewDecoder(strings.NewReader(text))
+	var whole json.RawMessage
+	if err := d.Decode(&whole); err != nil {
 		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 			err = errors.New("it ends too early")
 		}
 		return node{}, err
 	}
-	if rest := bytes.TrimSpace(b[d.InputOffset():]); len(rest) > 0 {
-		return node{}, fmt.Errorf("a second value follows: %s", short(string(rest)))
+	if rest := strings.Trim(text[d.InputOffset():], " \t\r\n"); rest != "" {
+		return node{}, fmt.Errorf("a second value follows: %s", short(rest))
 	}
-	return n, nil
+	r := reader{text: text}
+	return r.value(0)
 }
 
-func readNode(d *json.Decoder, b []byte, depth int) (n node, err error) {
+// A reader takes apart JSON that is known to be sound, without copying it:
+// json.Decoder.Token takes ten times as long.
+type reader struct {
+	text string
+	at   int
+}
+
+// peek returns the next byte that means something.
+func (r *reader) peek() byte {
+	for strings.IndexByte(" \t\r\n,:", r.text[r.at]) >= 0 {
+		r.at++
+	}
+	return r.text[r.at]
+}
+
+func (r *reader) value(depth int) (n node, err error) {
 	if depth > maxDepth {
 		return node{}, errors.New("nested too deeply")
 	}
-	t, err := d.Token()
-	if err != nil {
-		return node{}, err
-	}
-	switch v := t.(type) {
-	case json.Delim:
-		start := d.InputOffset() - 1
-		n.kind = byte(v)
-		for d.More() {
-			var m member
+	n.kind = r.peek()
+	start := r.at
+	switch n.kind {
+	case '"':
+		n.value, err = r.str()
+		return n, err
+	case '{', '[':
+		for r.at++; r.peek() != n.kind+2; { // '{'+2 is '}', '['+2 is ']'
+			var name string
 			if n.kind == '{' {
-				key, err := d.Token()
-				if err != nil {
+				if name, err = r.str(); err != nil {
 					return node{}, err
 				}
-				m.name = key.(string)
 			}
-			if m.value, err = readNode(d, b, depth+1); err != nil {
+			kid, err := r.value(depth + 1)
+			if err != nil {
 				return node{}, err
 			}
-			if n.kind == '{' {
-				n.members = append(n.members, m)
-			} else {
-				n.items = append(n.items, m.value)
-			}
+			kid.name = name
+			n.kids = append(n.kids, kid)
 		}
-		if _, err := d.Token(); err != nil {
-			return node{}, err
+		r.at++
+	default: // a number, true, false or null
+		for r.at < len(r.text) && strings.IndexByte(" \t\r\n,]}", r.text[r.at]) < 0 {
+			r.at++
 		}
-		n.raw = string(b[start:d.InputOffset()])
-	case string:
-		n.kind, n.str, n.raw = '"', v, strconv.Quote(v)
-	case json.Number:
-		n.kind, n.raw = '0', v.String()
-	case bool:
-		n.kind, n.raw = 't', strconv.FormatBool(v)
-	case nil:
-		n.kind, n.raw = 'n', "null"
+		switch n.kind {
+		case 't', 'f':
+			n.kind = 't'
+		case 'n':
+		default:
+			n.kind = '0'
+		}
 	}
+	n.value = r.text[start:r.at]
 	return n, nil
+}
+
+// str reads a string; only one with an escape has to be copied.
+func (r *reader) str() (string, error) {
+	start := r.at
+	plain := true
+	for r.at++; r.text[r.at] != '"'; r.at++ {
+		if r.text[r.at] == '\\' {
+			plain = false
+			r.at++
+		}
+	}
+	r.at++
+	if plain {
+		return r.text[start+1 : r.at-1], nil
+	}
+	var s string
+	err := json.Unmarshal([]byte(r.text[start:r.at]), &s)
+	return s, err
 }
 
 // fromNode decodes and validates a parsed policy.
 func fromNode(n node) (*Policy, error) {
 	p := &Policy{}
-	if n.kind == '{' && len(n.members) == 0 {
+	if n.kind == '{' && len(n.kids) == 0 {
 		p.V = Version // {} is the zero policy
 		return p, nil
 	}
 	if err := decode("", n, reflect.ValueOf(p).Elem()); err != nil {
 		return nil, err
 	}
-	if !slices.ContainsFunc(n.members, func(m member) bool { return m.name == "v" }) {
+	if !slices.ContainsFunc(n.kids, func(m node) bool { return m.name == "v" }) {
 		return nil, &FieldError{"v", "missing", fmt.Sprintf(`want "v": %d`, Version)}
 	}
-	return p, p.validate()
+	if err := p.validate(); err != nil {
+		return nil, err
+	}
+	for _, ids := range []*[]uint32{&p.Proxy.UIDs, &p.Proxy.GIDs, &p.Outbound.ExceptUIDs} {
+		slices.Sort(*ids)
+		*ids = slices.Compact(*ids)
+	}
+	slices.Sort(p.ExceptInterfaces)
+	p.ExceptInterfaces = slices.Compact(p.ExceptInterfaces)
+	return p, nil
 }
 
 // decode stores n, which stands at path, into v. Lists and objects may be null,
 // which means empty, as a Go or JavaScript client writes them.
 func decode(path string, n node, v reflect.Value) error {
-	wrong := func(want string) error { return &FieldError{path, short(n.raw), "want " + want} }
+	wrong := func(want string) error { return &FieldError{path, n.text(), "want " + want} }
 	switch dst := v.Addr().Interface().(type) {
 	case *Ports:
 		if n.kind != '"' {
 			return wrong(`a string of ports and ranges such as "80,443,9000-9100"`)
 		}
-		ps, err := ParsePorts(n.str)
+		ps, err := ParsePorts(n.value)
 		if err != nil {
-			return &FieldError{path, short(n.raw), err.Error()}
+			return &FieldError{path, n.text(), err.Error()}
 		}
 		*dst = ps
 		return nil
@@ -176,8 +219,11 @@ func decode(path string, n node, v reflect.Value) error {
 		if n.kind != '[' {
 			return wrong("a list")
 		}
-		list := reflect.MakeSlice(v.Type(), len(n.items), len(n.items))
-		for i, item := range n.items {
+		if len(n.kids) == 0 {
+			return nil // no list and an empty one are the same policy
+		}
+		list := reflect.MakeSlice(v.Type(), len(n.kids), len(n.kids))
+		for i, item := range n.kids {
 			if err := decode(fmt.Sprintf("%s[%d]", path, i), item, list.Index(i)); err != nil {
 				return err
 			}
@@ -187,14 +233,14 @@ func decode(path string, n node, v reflect.Value) error {
 		if n.kind != '"' {
 			return wrong("a string")
 		}
-		v.SetString(n.str)
+		v.SetString(n.value)
 	case reflect.Bool:
 		if n.kind != 't' {
 			return wrong("true or false")
 		}
-		v.SetBool(n.raw == "true")
+		v.SetBool(n.value == "true")
 	case reflect.Int:
-		i, err := strconv.Atoi(n.raw)
+		i, err := strconv.Atoi(n.value)
 		if n.kind != '0' || err != nil {
 			return wrong("a whole number")
 		}
@@ -204,7 +250,7 @@ func decode(path string, n node, v reflect.Value) error {
 		if v.Kind() == reflect.Uint32 {
 			most = MaxID
 		}
-		u, err := strconv.ParseUint(n.raw, 10, 64)
+		u, err := strconv.ParseUint(n.value, 10, 64)
 		if n.kind != '0' || err != nil || u > most {
 			return wrong(fmt.Sprintf("a whole number from 0 to %d", most))
 		}
@@ -217,20 +263,23 @@ func decode(path string, n node, v reflect.Value) error {
 
 func decodeStruct(path string, n node, v reflect.Value) error {
 	seen := map[string]bool{}
-	for _, m := range n.members {
+	for _, m := range n.kids {
 		at := m.name
+		if at == "" {
+			at = `""`
+		}
 		if path != "" {
-			at = path + "." + m.name
+			at = path + "." + at
 		}
 		if seen[m.name] {
-			return &FieldError{short(at), short(m.value.raw), "given twice; write it once"}
+			return &FieldError{short(at), m.text(), "given twice; write it once"}
 		}
 		seen[m.name] = true
 		f, known := fieldNamed(v, m.name)
 		if !known {
-			return &FieldError{short(at), short(m.value.raw), "unknown field; this level knows " + strings.Join(fieldNames(v.Type()), ", ")}
+			return &FieldError{short(at), m.text(), "unknown field; this level knows " + strings.Join(fieldNames(v.Type()), ", ")}
 		}
-		if err := decode(at, m.value, f); err != nil {
+		if err := decode(at, m, f); err != nil {
 			return err
 		}
 	}
@@ -244,15 +293,15 @@ func decodeNets(path string, n node, dst *Nets, wrong func(string) error) error 
 	if n.kind != '[' {
 		return wrong(`a list of CIDRs such as ["10.0.0.0/8"]`)
 	}
-	nets := make([]netip.Prefix, 0, len(n.items))
-	for i, item := range n.items {
-		at := fmt.Sprintf("%s[%d]", path, i)
+	nets := slices.Grow(Nets(nil), len(n.kids))
+	for i, item := range n.kids {
+		at := func() string { return fmt.Sprintf("%s[%d]", path, i) }
 		if item.kind != '"' {
-			return &FieldError{at, short(item.raw), `want a CIDR in a string, such as "10.0.0.0/8" or "fd00::/8"`}
+			return &FieldError{at(), item.text(), `want a CIDR in a string, such as "10.0.0.0/8" or "fd00::/8"`}
 		}
-		p, err := ParseCIDR(item.str)
+		p, err := ParseCIDR(item.value)
 		if err != nil {
-			return &FieldError{at, short(item.raw), err.Error()}
+			return &FieldError{at(), item.text(), err.Error()}
 		}
 		nets = append(nets, p)
 	}
@@ -338,6 +387,7 @@ func ParseCIDR(s string) (netip.Prefix, error) {
 	p, err := netip.ParsePrefix(s)
 	if err != nil {
 		if a, err := netip.ParseAddr(s); err == nil && a.Zone() == "" {
+			a = a.Unmap()
 			return netip.Prefix{}, fmt.Errorf("want a CIDR; write %s/%d", a, a.BitLen())
 		}
 		return netip.Prefix{}, errors.New("want a CIDR such as 10.0.0.0/8 or fd00::/8")
@@ -385,11 +435,16 @@ func (p *Policy) validate() error {
 	return nil
 }
 
-// short keeps what users wrote readable in an event: 80 bytes at most.
+// short keeps what users wrote readable in an event: 80 bytes at most, on one line.
 func short(s string) string {
 	const most = 80
-	if len(s) <= most {
-		return s
+	if len(s) > most {
+		s = strings.ToValidUTF8(s[:most], "") + "…"
 	}
-	return strings.ToValidUTF8(s[:most], "") + "…"
+	return strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) {
+			return ' '
+		}
+		return r
+	}, s)
 }

@@ -40,6 +40,17 @@ const (
 	ProtoUDP
 )
 
+// Each lists the protocols of the set.
+func (p Proto) Each() []Proto {
+	var out []Proto
+	for _, one := range []Proto{ProtoTCP, ProtoUDP} {
+		if p&one != 0 {
+			out = append(out, one)
+		}
+	}
+	return out
+}
+
 // Locality says whether an address is one of the pod's own, loopback included
 // (RTN_LOCAL in the kernel's routing tables).
 type Locality uint8
