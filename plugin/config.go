@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -22,27 +23,62 @@ const annotationsCapability = "io.kubernetes.cri.pod-annotations"
 
 // config is the plugin's entry in the conflist, with what the runtime adds.
 type config struct {
-	CNIVersion        string                     `json:"cniVersion"`
-	Name              string                     `json:"name"`
-	Backend           string                     `json:"backend"`
-	Policy            json.RawMessage            `json:"policy"`
-	NodeSocket        string                     `json:"nodeSocket"`
-	ExcludeNamespaces []string                   `json:"excludeNamespaces"`
-	LogLevel          string                     `json:"logLevel"`
-	RuntimeConfig     map[string]json.RawMessage `json:"runtimeConfig"`
-	PrevResult        json.RawMessage            `json:"prevResult"`
+	CNIVersion        string          `json:"cniVersion"`
+	Name              string          `json:"name"`
+	Backend           string          `json:"backend"`
+	Policy            json.RawMessage `json:"policy"`
+	NodeSocket        string          `json:"nodeSocket"`
+	ExcludeNamespaces []string        `json:"excludeNamespaces"`
+	LogLevel          string          `json:"logLevel"`
+	RuntimeConfig     struct {
+		Annotations map[string]string `json:"io.kubernetes.cri.pod-annotations"`
+	} `json:"runtimeConfig"`
+	PrevResult json.RawMessage `json:"prevResult"`
 }
 
 // defaultExcluded are the namespaces whose pods start also while the node's
 // socket does not answer: without them the cluster could not heal it.
 var defaultExcluded = []string{"kube-system", "kube-public", "kube-node-lease", "preroute-system"}
 
+// parseConfig decodes what the runtime sends. Annotations of no sound form do
+// not make it fail: whether the pod has a policy decides what that means.
 func parseConfig(stdin []byte) (*config, error) {
 	c := &config{ExcludeNamespaces: defaultExcluded}
-	if err := json.Unmarshal(stdin, c); err != nil {
+	err := json.Unmarshal(stdin, c)
+	var wrong *json.UnmarshalTypeError
+	if errors.As(err, &wrong) && strings.HasPrefix(wrong.Field, "runtimeConfig") {
+		c.RuntimeConfig.Annotations = soundAnnotations(stdin)
+		return c, nil // encoding/json has decoded all that could be
+	}
+	if err != nil {
 		return nil, fmt.Errorf("network configuration: %w", err)
 	}
 	return c, nil
+}
+
+// soundAnnotations keeps of annotations that are not all strings what concerns
+// the plugin: a value that is no string as its JSON, which no policy is.
+func soundAnnotations(stdin []byte) map[string]string {
+	var c struct {
+		RuntimeConfig map[string]json.RawMessage `json:"runtimeConfig"`
+	}
+	var all map[string]json.RawMessage
+	if json.Unmarshal(stdin, &c) != nil || json.Unmarshal(c.RuntimeConfig[annotationsCapability], &all) != nil {
+		return nil
+	}
+	out := map[string]string{}
+	for _, name := range []string{policyAnnotation, pathAnnotation} {
+		raw, there := all[name]
+		var s string
+		switch {
+		case !there || string(raw) == "null":
+		case json.Unmarshal(raw, &s) == nil:
+			out[name] = s
+		default:
+			out[name] = "not a string: " + string(raw)
+		}
+	}
+	return out
 }
 
 func (c *config) validate() error {
@@ -52,46 +88,27 @@ func (c *config) validate() error {
 	return nil
 }
 
-// annotations are those of the pod that concern the plugin, as the runtime
-// passed them; nil where it did not. A value that is not a string is the
-// caller's to refuse: only a pod that has a policy may fail.
-func (c *config) annotations() (path, policy json.RawMessage) {
-	raw := c.RuntimeConfig[annotationsCapability]
-	if len(raw) == 0 {
-		return nil, nil
-	}
-	var all map[string]json.RawMessage
-	if json.Unmarshal(raw, &all) != nil {
-		return nil, nil
-	}
-	value := func(name string) json.RawMessage {
-		if v := all[name]; string(v) != "null" {
-			return v
-		}
-		return nil
-	}
-	return value(pathAnnotation), value(policyAnnotation)
-}
-
 // policy says what the pod asks for: the annotation, else the configuration's
 // policy, else what the node's socket answers. nil means that the pod has none,
 // and then nothing has been opened but the socket, where one is configured.
 func (c *config) policy(pod podArgs) (*redirect.Policy, error) {
 	source := policyAnnotation
-	path, text := c.annotations()
-	if text == nil && hasValue(c.Policy) {
-		source, text = "network configuration: policy", c.Policy
-	} else if text != nil {
-		var s string
-		if err := json.Unmarshal(text, &s); err != nil {
-			return nil, &policyError{source, fmt.Errorf("%.80s: want a string that holds JSON", text)}
+	text, has := c.RuntimeConfig.Annotations[policyAnnotation]
+	if !has && hasValue(c.Policy) {
+		source, text, has = "network configuration: policy", string(c.Policy), true
+	}
+	if path, ok := c.RuntimeConfig.Annotations[pathAnnotation]; ok {
+		switch path {
+		case "cni":
+		case "init", "none":
+			return nil, nil
+		default:
+			if has {
+				return nil, &policyError{pathAnnotation, fmt.Errorf("%.80q: want cni, init or none", path)}
+			}
 		}
-		text = json.RawMessage(s)
 	}
-	if skip, err := skips(path); skip || (err != nil && text != nil) {
-		return nil, err
-	}
-	if text == nil && c.NodeSocket != "" {
+	if !has && c.NodeSocket != "" {
 		answer, err := askNode(c.NodeSocket, pod)
 		if err != nil {
 			if slices.Contains(c.ExcludeNamespaces, pod.Namespace) {
@@ -102,12 +119,12 @@ func (c *config) policy(pod podArgs) (*redirect.Policy, error) {
 		if answer.Path == "init" || answer.Path == "none" || answer.Policy == "" {
 			return nil, nil
 		}
-		source, text = "policy from "+c.NodeSocket, json.RawMessage(answer.Policy)
+		source, text, has = "policy from "+c.NodeSocket, answer.Policy, true
 	}
-	if text == nil {
+	if !has {
 		return nil, nil
 	}
-	p, err := redirect.Parse(string(text))
+	p, err := redirect.Parse(text)
 	if err != nil {
 		return nil, &policyError{source, err}
 	}
@@ -115,24 +132,6 @@ func (c *config) policy(pod podArgs) (*redirect.Policy, error) {
 }
 
 func hasValue(raw json.RawMessage) bool { return len(raw) > 0 && string(raw) != "null" }
-
-// skips reads the path annotation: on "init" and "none" the plugin keeps out.
-func skips(raw json.RawMessage) (bool, error) {
-	if raw == nil {
-		return false, nil
-	}
-	var path string
-	if err := json.Unmarshal(raw, &path); err != nil {
-		path = string(raw)
-	}
-	switch path {
-	case "cni":
-		return false, nil
-	case "init", "none":
-		return true, nil
-	}
-	return false, &policyError{pathAnnotation, fmt.Errorf("%.80q: want cni, init or none", path)}
-}
 
 // A policyError is a mistake in what the pod or the configuration says.
 type policyError struct {

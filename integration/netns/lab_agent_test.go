@@ -50,6 +50,7 @@ type request struct {
 	Say         string   // the first line a TCP client sends
 	Unconnected bool     // a UDP client uses one socket that is not connected for all remotes
 	Reuse       bool     // SO_REUSEADDR
+	Device      string   // SO_BINDTODEVICE
 	Count       int      // how often, how many at once
 	Workers     int      // of Count queries, so many at once; 0: all
 	Bytes       int      // how much is echoed over each connection

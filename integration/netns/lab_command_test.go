@@ -121,7 +121,7 @@ func atOnce(n int, f func(int) outcome) []outcome {
 }
 
 func (s *servers) listen(r request) error {
-	lc := net.ListenConfig{Control: socketOptions(r.Transparent, r.Reuse)}
+	lc := net.ListenConfig{Control: socketOptions(r)}
 	lc.SetMultipathTCP(false) // a sidecar's sockets are plain TCP
 	l, err := lc.Listen(context.Background(), r.Net, r.Addr)
 	if err != nil {
@@ -194,17 +194,20 @@ func proxy(r request, v view, c *net.TCPConn, in *bufio.Reader, say string) {
 
 // socketOptions sets, before bind, what a transparent proxy and a busy client
 // ask for.
-func socketOptions(transparent, reuse bool) func(network, address string, c syscall.RawConn) error {
+func socketOptions(r request) func(network, address string, c syscall.RawConn) error {
 	return func(network, _ string, c syscall.RawConn) error {
 		var err error
 		ctlErr := c.Control(func(fd uintptr) {
-			if transparent && strings.HasSuffix(network, "6") {
+			if r.Transparent && strings.HasSuffix(network, "6") {
 				err = unix.SetsockoptInt(int(fd), unix.SOL_IPV6, unix.IPV6_TRANSPARENT, 1)
-			} else if transparent {
+			} else if r.Transparent {
 				err = unix.SetsockoptInt(int(fd), unix.SOL_IP, unix.IP_TRANSPARENT, 1)
 			}
-			if reuse && err == nil {
+			if r.Reuse && err == nil {
 				err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
+			}
+			if r.Device != "" && err == nil {
+				err = unix.BindToDevice(int(fd), r.Device)
 			}
 		})
 		return errors.Join(ctlErr, err)
@@ -240,7 +243,7 @@ func originalDst(c *net.TCPConn) (dst string) {
 }
 
 func connect(r request, remote string) (*net.TCPConn, error) {
-	d := net.Dialer{Control: socketOptions(r.Transparent, r.Reuse), Timeout: patience}
+	d := net.Dialer{Control: socketOptions(r), Timeout: patience}
 	if r.TimeoutMS > 0 {
 		d.Timeout = time.Duration(r.TimeoutMS) * time.Millisecond
 	}

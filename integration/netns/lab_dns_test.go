@@ -159,7 +159,7 @@ func ask(r request, remote string) (o outcome) {
 	if r.TimeoutMS > 0 {
 		deadline = time.Now().Add(time.Duration(r.TimeoutMS) * time.Millisecond)
 	}
-	d := net.Dialer{Control: socketOptions(r.Transparent, r.Reuse), Deadline: deadline}
+	d := net.Dialer{Control: socketOptions(r), Deadline: deadline}
 	if r.Local != "" {
 		local, err := netip.ParseAddrPort(r.Local)
 		if err != nil {
@@ -225,7 +225,7 @@ func askUnconnected(r request) []outcome {
 		}
 		return out
 	}
-	lc := net.ListenConfig{Control: socketOptions(r.Transparent, r.Reuse)}
+	lc := net.ListenConfig{Control: socketOptions(r)}
 	c, err := lc.ListenPacket(context.Background(), r.Net, r.Local)
 	if err != nil {
 		return all(err)

@@ -160,8 +160,15 @@ func (p *pod) fault(before, after, call, inject string, want outcomes, opts ...o
 		}
 		return errNotReached
 	}
-	if strings.Contains(inject, "error=") && r.exit != 0 && r.cniErr == nil && call != "write" {
-		return fmt.Errorf("failed without a CNI error\nstdout: %s\nstderr: %s", r.stdout, r.stderr)
+	if strings.Contains(inject, "error=") && r.exit != 0 {
+		if r.cniErr == nil && call != "write" {
+			return fmt.Errorf("failed without a CNI error\nstdout: %s\nstderr: %s", r.stdout, r.stderr)
+		}
+		// Unlike one that is killed it can tidy up behind itself, unless it was the
+		// kernel's answer that was lost.
+		if !strings.HasPrefix(call, "recv") && rulesOf(shape(state)) == rulesOf(want.before) && shape(state) != want.before {
+			return fmt.Errorf("failed, and left\n%s", lineDiff(want.before, shape(state)))
+		}
 	}
 	// The next try, which a runtime makes, must get through.
 	if r, err := p.launch("ADD", after, opts...).run(); err != nil || r.err() != nil {

@@ -219,6 +219,34 @@ func TestUserNamespacePod(t *testing.T) {
 	}
 }
 
+// TestInitInUserNamespace runs the pod-side commands in such a pod, as the root
+// and the nobody that it has.
+func TestInitInUserNamespace(t *testing.T) {
+	p, holder := userPod(t)
+	inside := func(uid, command string, args ...string) launch {
+		l := p.command(policyKuma, append([]string{command}, args...)...)
+		l.netns = ""
+		return l.under("nsenter", "--target", fmt.Sprint(holder), "--user", "--net", "--setuid", uid, "--setgid", uid)
+	}
+	before := inside("65534", "verify", "--wait", "0s")
+	before.env["PREROUTE_POLICY"] = policyNGINX // which takes less time to be found missing
+	if r := before.must(t); r.exit != 95 {
+		t.Errorf("verify before init: exit status %d: %s", r.exit, r.stderr)
+	}
+	for i := range 2 {
+		r := inside("0", "init").must(t)
+		if r.exit != 0 || strings.Contains(r.stdout, "already") != (i == 1) {
+			t.Fatalf("init, time %d: exit status %d: %s%s", i+1, r.exit, r.stdout, r.stderr)
+		}
+	}
+	if r := inside("65534", "verify", "--wait", "0s").must(t); r.exit != 0 {
+		t.Errorf("verify: exit status %d: %s", r.exit, r.stderr)
+	}
+	if err := p.check(policyKuma).err(); err != nil {
+		t.Errorf("CHECK from the host: %v", err)
+	}
+}
+
 // TestHostNamespaceIsRefused runs the plugin in a namespace that plays the
 // host's, so that a plugin that did not refuse would harm nothing.
 func TestHostNamespaceIsRefused(t *testing.T) {

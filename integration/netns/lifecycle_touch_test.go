@@ -124,6 +124,13 @@ func TestPodsWithoutPolicyTouchNothing(t *testing.T) {
 		t.Fatalf("the trace of the bare program says nothing:\n%s", strings.Join(baseline, "\n"))
 	}
 
+	// What the trace of a pod that is ours shows, it would show of others too.
+	trace, _ := traced(t, p.launch("ADD", policyNGINX))
+	if n := len(calls(trace, notForOthers...)); n < 3 || len(filesIn(trace)) == 0 {
+		t.Fatalf("the trace of an ADD with a policy shows %d system calls of interest:\n%s", n, strings.Join(trace, "\n"))
+	}
+	p.mustAdd(policyNone)
+
 	path := func(value string) option { return withAnnotation("preroute.io/path", value) }
 	inConf := withConf("policy", map[string]any{"v": 1, "proxy": map[string]any{"uids": []int{2102}}, "outbound": map[string]any{"port": 8900}})
 	for _, tt := range []struct {

@@ -60,28 +60,38 @@ func (c *Choice) fallBack(err error) bool {
 	if !c.auto || !errors.As(err, &lack) {
 		return false
 	}
+	c.swap(lack.Error())
+	return true
+}
+
+func (c *Choice) swap(reason string) {
 	c.auto = false
 	c.Backend, c.other = c.other, c.Backend
-	c.Reason = lack.Error()
-	return true
+	c.Reason = reason
 }
 
 // leftover reports whether the other backend's rules are in the namespace. On
 // the path of every pod's start it runs no program.
-func (c *Choice) leftover(netns int) (bool, error) {
+func (c *Choice) leftover(netns int) bool {
 	if c.Name() == "nft" {
 		if may, err := netfilter.MayHoldIPTables(netns); err != nil || !may {
-			return false, err
+			return false // what cannot be seen cannot be removed either
 		}
 	}
-	return c.other.Present(netns)
+	there, err := c.other.Present(netns)
+	return err == nil && there
 }
 
 // Apply leaves exactly policy p in the namespace, whichever backend was used
-// there before.
+// there before. An automatic choice keeps to the one that has p in place.
 func (c *Choice) Apply(netns int, p *redirect.Policy) (changed bool, err error) {
 	if err := netfilter.Supported(p); err != nil {
 		return false, err
+	}
+	left := c.leftover(netns)
+	if left && c.auto && c.other.Check(netns, p) == nil {
+		c.swap("its rules are in place")
+		return false, nil
 	}
 	changed, err = c.Backend.Apply(netns, p)
 	if err != nil {
@@ -94,34 +104,37 @@ func (c *Choice) Apply(netns int, p *redirect.Policy) (changed bool, err error) 
 		}
 		return changed, nil
 	}
-	// The rules in place are right by now; an earlier backend's would only
-	// redirect the same once more.
-	there, err := c.leftover(netns)
-	if err != nil || !there {
-		return changed, nil // nothing of the other's can be seen, so nothing is there to remove
+	if !left {
+		return changed, nil
 	}
+	// The new rules are in place; until here the old ones redirected as before.
 	if err := c.other.Remove(netns); err != nil {
 		return true, fmt.Errorf("removing the rules of the %s backend: %w", c.other.Name(), err)
 	}
 	return true, nil
 }
 
-// Check returns nil when exactly p is in place, else what differs first.
+// Check returns nil when exactly p is in place, else what differs first. An
+// automatic choice looks at the backend whose rules are there.
 func (c *Choice) Check(netns int, p *redirect.Policy) error {
 	if err := netfilter.Supported(p); err != nil {
 		return err
+	}
+	left := c.leftover(netns)
+	if left && c.auto {
+		if first, err := c.Backend.Present(netns); err == nil && !first {
+			c.swap("its rules are there")
+			left = false
+		}
 	}
 	err := c.Backend.Check(netns, p)
 	if err != nil && c.fallBack(err) {
 		return c.Backend.Check(netns, p)
 	}
-	if err != nil {
-		return err
-	}
-	if there, err := c.leftover(netns); err == nil && there {
+	if err == nil && left {
 		return &netfilter.Difference{Where: "backend", Want: c.Name() + " alone", Have: "rules of the " + c.other.Name() + " backend too"}
 	}
-	return nil
+	return err
 }
 
 // Remove takes out the rules of every backend.
@@ -130,7 +143,7 @@ func (c *Choice) Remove(netns int) error {
 	if err != nil && c.fallBack(err) {
 		return c.Backend.Remove(netns)
 	}
-	if there, perr := c.leftover(netns); perr == nil && there {
+	if c.leftover(netns) {
 		err = errors.Join(err, c.other.Remove(netns))
 	}
 	return err

@@ -211,7 +211,7 @@ func dnsSource(p *redirect.Policy, is4 bool) []chain {
 	w.add(redirect.Match{
 		Proto: redirect.ProtoUDP, Interfaces: []string{"lo"}, Dst: redirect.Nets{lo},
 		DstPorts: redirect.Ports{{First: p.DNS.Port, Last: p.DNS.Port}},
-	}, "-m conntrack --ctstate DNAT --ctorigdstport 53", "-j SNAT --to-source "+lo.Addr().String(), "D1: a captured query comes from loopback")
+	}, "-m conntrack --ctstate DNAT --ctorigdstport 53", "-j SNAT --to-source "+lo.Addr().String()+" --random-fully", "D1: a captured query comes from loopback")
 	return w.chains
 }
 

@@ -11,7 +11,7 @@ import (
 	"github.com/preroute/preroute/plugin/redirect"
 )
 
-var updateIPTables = flag.Bool("update-iptables", false, "write testdata/iptables anew")
+var update = flag.Bool("update", false, "write testdata anew from what the code does")
 
 // goldenPolicies are the policies that package redirect prints, and those of
 // testdata/iptables that only iptables has trouble with.
@@ -43,7 +43,7 @@ func TestRestoreInput(t *testing.T) {
 		for file, is4 := range map[string]bool{"v4.rules": true, "v6.rules": false} {
 			file = filepath.Join("testdata/iptables", name, file)
 			got := RestoreInput(p, is4)
-			if *updateIPTables {
+			if *update {
 				if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
 					t.Fatal(err)
 				}

@@ -1,8 +1,11 @@
 package netfilter
 
 import (
+	"errors"
 	"fmt"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"regexp"
 	"runtime"
 	"slices"
@@ -11,6 +14,7 @@ import (
 
 	"github.com/preroute/preroute/plugin/redirect"
 	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
 )
 
 // newNS makes a network namespace that lives as long as the test. Its thread is
@@ -133,5 +137,56 @@ func TestNFTIsItsText(t *testing.T) {
 				t.Errorf("left behind:\n%s", got)
 			}
 		})
+	}
+}
+
+// The golden files are what nft list ruleset shows, counters at zero.
+func TestRuleset(t *testing.T) {
+	files, err := filepath.Glob("../redirect/testdata/*/policy.json")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("no policies in ../redirect/testdata: %v", err)
+	}
+	for _, file := range files {
+		name := filepath.Base(filepath.Dir(file))
+		t.Run(name, func(t *testing.T) {
+			text, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			golden := filepath.Join("testdata", "nft", name+".nft")
+			got := Ruleset(parse(t, string(text)))
+			if *update {
+				if err := os.WriteFile(golden, []byte(got), 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+			want, err := os.ReadFile(golden)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got != string(want) {
+				t.Errorf("%s: Ruleset prints\n%s\nnot\n%s", golden, got, want)
+			}
+		})
+	}
+}
+
+// A kernel that lacks something is told by what it refuses: here one that has
+// no chain type of that name.
+func TestExplainNamesTheFeature(t *testing.T) {
+	ns, _ := newNS(t)
+	c, err := openNFT(ns)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.close()
+	for _, f := range nftFeatures() {
+		if err := c.probe(f); err != nil {
+			t.Errorf("this kernel has %s, and the probe says: %v", f.what, err)
+		}
+		f.typ = "nosuch"
+		if err := c.probe(f); !errors.Is(err, unix.ENOENT) {
+			t.Errorf("probe of a chain type that does not exist: %v", err)
+		}
 	}
 }

@@ -153,49 +153,6 @@ func (l *line) addr(field, op string, n netip.Prefix) *line {
 		cmp(op, n.Addr().AsSlice()))
 }
 
-// netTests is the statements of which one (op "==") or all (op "!=") have to
-// hold: ip daddr @except_nets4; and for lists of many networks of one size,
-// ip daddr & 255.255.255.0 == @except_nets4_24.
-func netTests(t *nftTable, field, op string, nets redirect.Nets, set string) []*line {
-	if len(nets) == 0 {
-		return []*line{{}}
-	}
-	if len(nets) == 1 && nets[0].Bits() > 0 {
-		return []*line{(&line{}).addr(field, op, nets[0])}
-	}
-	bySize := map[int]redirect.Nets{}
-	for _, n := range nets {
-		bySize[n.Bits()] = append(bySize[n.Bits()], n)
-	}
-	var tests []*line
-	var few redirect.Nets
-	for _, n := range nets {
-		if many := bySize[n.Bits()]; len(many) < hashFrom {
-			few = append(few, n)
-		} else if many[0] == n {
-			tests = append(tests, (&line{}).masked(field, op, n.Bits(), t.set(netHash(set, many))))
-		}
-	}
-	if len(few) > 0 {
-		s := t.set(netSet(set, few))
-		name, load := loadAddr(few[0].Addr(), field)
-		tests = append(tests, (&line{}).add(fmt.Sprintf("%s %s@%s", name, sign(op), s.name), load, lookup(s, op)))
-	}
-	return anyOrAll(op, tests)
-}
-
-// anyOrAll puts tests that all have to hold on one line.
-func anyOrAll(op string, tests []*line) []*line {
-	if op != "!=" {
-		return tests
-	}
-	all := &line{}
-	for _, l := range tests {
-		all.join(l)
-	}
-	return []*line{all}
-}
-
 // ip daddr & 255.255.255.0 == @except_nets4_24
 func (l *line) masked(field, op string, bits int, s *nftSet) *line {
 	size := int(s.key.Bytes)
@@ -238,43 +195,6 @@ func loadPort(proto redirect.Proto, field string) (string, *expr.Payload) {
 func (l *line) port(proto redirect.Proto, field, op string, port uint16) *line {
 	name, load := loadPort(proto, field)
 	return l.add(fmt.Sprintf("%s %s%d", name, sign(op), port), load, cmp(op, be16(port)))
-}
-
-// portTests is the statements of which one (op "==") or all (op "!=") have to
-// hold: th dport @out_except_ports; and for many single ports,
-// meta l4proto . th dport @out_except_ports_single.
-func portTests(t *nftTable, proto, protos redirect.Proto, op string, ports redirect.Ports, set string) []*line {
-	if len(ports) == 0 {
-		return []*line{{}}
-	}
-	if len(ports) == 1 && ports[0].First == ports[0].Last {
-		return []*line{(&line{}).port(proto, "dport", op, ports[0].First)}
-	}
-	var single, ranges redirect.Ports
-	for _, r := range ports {
-		if r.First == r.Last {
-			single = append(single, r)
-		} else {
-			ranges = append(ranges, r)
-		}
-	}
-	if len(single) < hashFrom {
-		single, ranges = nil, ports
-	}
-	var tests []*line
-	if len(single) > 0 {
-		s := t.set(portHash(set, protos, single))
-		tests = append(tests, (&line{}).add(fmt.Sprintf("meta l4proto . th dport %s@%s", sign(op), s.name),
-			&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg},
-			&expr.Payload{DestRegister: unix.NFT_REG32_01, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
-			lookup(s, op)))
-	}
-	if len(ranges) > 0 {
-		s := t.set(portRangeSet(set, ranges))
-		name, load := loadPort(proto, "dport")
-		tests = append(tests, (&line{}).add(fmt.Sprintf("%s %s@%s", name, sign(op), s.name), load, lookup(s, op)))
-	}
-	return anyOrAll(op, tests)
 }
 
 // fib daddr type local

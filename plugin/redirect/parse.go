@@ -1,17 +1,11 @@
 package redirect
 
 import (
-	"cmp"
-	"encoding/json"
-	"errors"
 	"fmt"
-	"io"
-	"net/netip"
 	"reflect"
 	"slices"
 	"strconv"
 	"strings"
-	"unicode"
 )
 
 // FieldError says which field of a policy is wrong, what it holds, and what it
@@ -44,120 +38,6 @@ func Parse(text string) (*Policy, error) {
 		return nil, &FieldError{Value: short(text), Want: "not valid JSON: " + err.Error()}
 	}
 	return fromNode(n)
-}
-
-// maxDepth is above the two levels that a policy has, and low enough that a
-// hostile annotation costs nothing.
-const maxDepth = 8
-
-// A node is one JSON value; of an object or a list with those inside it, in the
-// order they were written.
-type node struct {
-	kind  byte   // '{', '[', '"', '0', 't' (either boolean) or 'n' (null)
-	name  string // of a member of an object
-	value string // of a string what it says, else as written
-	kids  []node
-}
-
-// text is the value as written, shortened, for errors.
-func (n *node) text() string {
-	if n.kind == '"' {
-		return short(strconv.Quote(n.value))
-	}
-	return short(n.value)
-}
-
-// parseJSON reads exactly one JSON value.
-func parseJSON(text string) (node, error) {
-	d := json.NewDecoder(strings.NewReader(text))
-	var whole json.RawMessage
-	if err := d.Decode(&whole); err != nil {
-		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-			err = errors.New("it ends too early")
-		}
-		return node{}, err
-	}
-	if rest := strings.Trim(text[d.InputOffset():], " \t\r\n"); rest != "" {
-		return node{}, fmt.Errorf("a second value follows: %s", short(rest))
-	}
-	r := reader{text: text}
-	return r.value(0)
-}
-
-// A reader takes apart JSON that is known to be sound, without copying it:
-// json.Decoder.Token takes ten times as long.
-type reader struct {
-	text string
-	at   int
-}
-
-// peek returns the next byte that means something.
-func (r *reader) peek() byte {
-	for strings.IndexByte(" \t\r\n,:", r.text[r.at]) >= 0 {
-		r.at++
-	}
-	return r.text[r.at]
-}
-
-func (r *reader) value(depth int) (n node, err error) {
-	if depth > maxDepth {
-		return node{}, errors.New("nested too deeply")
-	}
-	n.kind = r.peek()
-	start := r.at
-	switch n.kind {
-	case '"':
-		n.value, err = r.str()
-		return n, err
-	case '{', '[':
-		for r.at++; r.peek() != n.kind+2; { // '{'+2 is '}', '['+2 is ']'
-			var name string
-			if n.kind == '{' {
-				if name, err = r.str(); err != nil {
-					return node{}, err
-				}
-			}
-			kid, err := r.value(depth + 1)
-			if err != nil {
-				return node{}, err
-			}
-			kid.name = name
-			n.kids = append(n.kids, kid)
-		}
-		r.at++
-	default: // a number, true, false or null
-		for r.at < len(r.text) && strings.IndexByte(" \t\r\n,]}", r.text[r.at]) < 0 {
-			r.at++
-		}
-		switch n.kind {
-		case 't', 'f':
-			n.kind = 't'
-		case 'n':
-		default:
-			n.kind = '0'
-		}
-	}
-	n.value = r.text[start:r.at]
-	return n, nil
-}
-
-// str reads a string; only one with an escape has to be copied.
-func (r *reader) str() (string, error) {
-	start := r.at
-	plain := true
-	for r.at++; r.text[r.at] != '"'; r.at++ {
-		if r.text[r.at] == '\\' {
-			plain = false
-			r.at++
-		}
-	}
-	r.at++
-	if plain {
-		return r.text[start+1 : r.at-1], nil
-	}
-	var s string
-	err := json.Unmarshal([]byte(r.text[start:r.at]), &s)
-	return s, err
 }
 
 // fromNode decodes and validates a parsed policy.
@@ -331,88 +211,6 @@ func fieldNames(t reflect.Type) []string {
 	return names
 }
 
-// ParsePorts reads a set of ports: "80,443,9000-9100", blanks around items
-// allowed, "" the empty set.
-func ParsePorts(s string) (Ports, error) {
-	if strings.Trim(s, " \t") == "" {
-		return nil, nil
-	}
-	var ps Ports
-	for item := range strings.SplitSeq(s, ",") {
-		item = strings.Trim(item, " \t")
-		first, last, isRange := strings.Cut(item, "-")
-		if !isRange {
-			last = first
-		}
-		a, okA := parsePort(first)
-		b, okB := parsePort(last)
-		switch {
-		case !okA || !okB:
-			return nil, fmt.Errorf("item %s: want a port from 1 to 65535 or a range such as 9000-9100", short(strconv.Quote(item)))
-		case a > b:
-			return nil, fmt.Errorf("item %q: the range is reversed; write %d-%d", item, b, a)
-		}
-		ps = append(ps, PortRange{a, b})
-	}
-	return normalPorts(ps), nil
-}
-
-func parsePort(s string) (uint16, bool) {
-	if len(s) == 0 || len(s) > 5 || s[0] == '0' || strings.Trim(s, "0123456789") != "" {
-		return 0, false
-	}
-	n, err := strconv.ParseUint(s, 10, 16)
-	return uint16(n), err == nil
-}
-
-func normalPorts(ps Ports) Ports {
-	slices.SortFunc(ps, func(a, b PortRange) int {
-		return cmp.Or(cmp.Compare(a.First, b.First), cmp.Compare(a.Last, b.Last))
-	})
-	out := ps[:0]
-	for _, r := range ps {
-		if k := len(out) - 1; k >= 0 && int(r.First) <= int(out[k].Last)+1 {
-			out[k].Last = max(out[k].Last, r.Last)
-			continue
-		}
-		out = append(out, r)
-	}
-	return out
-}
-
-// ParseCIDR reads one network, blanks around it allowed; bits behind the prefix
-// are dropped, as in 10.1.2.3/8.
-func ParseCIDR(s string) (netip.Prefix, error) {
-	s = strings.TrimSpace(s)
-	p, err := netip.ParsePrefix(s)
-	if err != nil {
-		if a, err := netip.ParseAddr(s); err == nil && a.Zone() == "" {
-			a = a.Unmap()
-			return netip.Prefix{}, fmt.Errorf("want a CIDR; write %s/%d", a, a.BitLen())
-		}
-		return netip.Prefix{}, errors.New("want a CIDR such as 10.0.0.0/8 or fd00::/8")
-	}
-	if p.Addr().Is4In6() {
-		return netip.Prefix{}, fmt.Errorf("IPv4 in IPv6 notation never matches a packet; write an IPv4 CIDR of %s", p.Addr().Unmap())
-	}
-	return p.Masked(), nil
-}
-
-func normalNets(ns Nets) Nets {
-	slices.SortFunc(ns, func(a, b netip.Prefix) int {
-		return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits()))
-	})
-	out := ns[:0]
-	for _, n := range ns {
-		// Sorted by address, then wider first: what contains n is the last one kept.
-		if k := len(out) - 1; k >= 0 && out[k].Overlaps(n) {
-			continue
-		}
-		out = append(out, n)
-	}
-	return out
-}
-
 // validate reports the first thing that is well-formed but cannot be.
 func (p *Policy) validate() error {
 	if p.V != Version {
@@ -433,18 +231,4 @@ func (p *Policy) validate() error {
 		}
 	}
 	return nil
-}
-
-// short keeps what users wrote readable in an event: 80 bytes at most, on one line.
-func short(s string) string {
-	const most = 80
-	if len(s) > most {
-		s = strings.ToValidUTF8(s[:most], "") + "…"
-	}
-	return strings.Map(func(r rune) rune {
-		if !unicode.IsPrint(r) {
-			return ' '
-		}
-		return r
-	}, s)
 }
