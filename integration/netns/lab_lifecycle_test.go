@@ -277,12 +277,18 @@ func (l launch) run() (result, error) {
 	}
 	r = result{stdout: stdout.String(), stderr: stderr.String(), exit: cmd.ProcessState.ExitCode()}
 	if r.exit != 0 && l.env["CNI_COMMAND"] != "" {
-		var e cniError
-		if json.Unmarshal(stdout.Bytes(), &e) == nil {
-			r.cniErr = &e
-		}
+		r.cniErr = parseCNIError(r.stdout)
 	}
 	return r, nil
+}
+
+// parseCNIError is nil where stdout is not one CNI error.
+func parseCNIError(stdout string) *cniError {
+	var e cniError
+	if json.Unmarshal([]byte(stdout), &e) != nil {
+		return nil
+	}
+	return &e
 }
 
 // must is run where a failure to run ends the test.

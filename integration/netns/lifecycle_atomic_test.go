@@ -1,14 +1,17 @@
 package netns_test
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -73,112 +76,112 @@ func tablesOf(shape string) map[string]string {
 	return tables
 }
 
-// A fault is what is done to the Nth call of a system call, by strace.
-type fault struct{ name, calls, inject string }
+// The system calls by which the plugin changes something or learns that it did.
+var (
+	sends    = []uint64{unix.SYS_SENDTO, unix.SYS_SENDMSG}
+	receives = []uint64{unix.SYS_RECVFROM, unix.SYS_RECVMSG}
+	prepares = []uint64{unix.SYS_SOCKET, unix.SYS_BIND, unix.SYS_SETNS, unix.SYS_SETSOCKOPT, unix.SYS_OPENAT}
+	writes   = []uint64{unix.SYS_WRITE}
+)
 
-var faults = []fault{
-	{"killed", "sendmsg,sendto,recvmsg,recvfrom,socket,setns,write", "signal=KILL"},
-	{"no space", "sendmsg,sendto,write", "error=ENOSPC"},
-	{"no memory", "recvmsg,recvfrom,socket,setns,bind,openat", "error=ENOMEM"},
+// faults are what is done to each of these calls.
+var faults = []struct {
+	name  string
+	calls []uint64
+	errno syscall.Errno
+}{
+	{"killed while sending", sends, 0},
+	{"killed while receiving", receives, 0},
+	{"killed while preparing", prepares, 0},
+	{"killed while writing", writes, 0},
+	{"no memory to send", sends, unix.ENOBUFS},
+	{"not allowed to send", sends, unix.EPERM},
+	{"no memory to receive", receives, unix.ENOBUFS},
+	{"no memory to prepare", prepares, unix.ENOMEM},
+	{"stdout is full", writes, unix.ENOSPC},
 }
 
 // TestFaultAtEverySystemCall does each fault to each call that an ADD makes, one
 // ADD after the other until the calls run out.
 func TestFaultAtEverySystemCall(t *testing.T) {
 	for _, tr := range transitions {
-		t.Run(tr.name, func(t *testing.T) { sweepFaults(t, tr.before, tr.after, faults, withConf("backend", "nft")) })
-	}
-}
-
-func sweepFaults(t *testing.T, before, after string, faults []fault, opts ...option) {
-	want := outcomesOf(t, before, after, opts...)
-	type job struct{ fault, call, inject string }
-	jobs := make(chan job)
-	var done sync.WaitGroup
-	hits := make(chan string, 1000)
-	for range 3 {
-		p := bare(t)
-		done.Go(func() {
-			for j := range jobs {
-				for n := 1; ; n++ {
-					if err := p.fault(before, after, j.call, fmt.Sprintf("%s:when=%d", j.inject, n), want, opts...); err == errNotReached {
-						break
-					} else if err != nil {
-						t.Errorf("%s at %s number %d: %v", j.fault, j.call, n, err)
-						return
+		t.Run(tr.name, func(t *testing.T) {
+			want := outcomesOf(t, tr.before, tr.after)
+			jobs := make(chan int)
+			var done sync.WaitGroup
+			for range 2 {
+				p, dir := bare(t), t.TempDir()
+				done.Go(func() {
+					for i := range jobs {
+						f := fault{calls: faults[i].calls, errno: faults[i].errno}
+						for f.nth = 1; ; f.nth++ {
+							reached, err := p.fault(dir, tr.before, tr.after, f, want)
+							if err != nil {
+								t.Errorf("%s, number %d: %v", faults[i].name, f.nth, err)
+							}
+							if !reached {
+								break
+							}
+						}
+						t.Logf("%s: %d times", faults[i].name, f.nth-1)
+						if f.nth == 1 {
+							t.Errorf("%s: the ADD makes no such call", faults[i].name)
+						}
 					}
-					hits <- j.call
-				}
+				})
 			}
+			for i := range faults {
+				jobs <- i
+			}
+			close(jobs)
+			done.Wait()
 		})
 	}
-	for _, f := range faults {
-		for call := range strings.SplitSeq(f.calls, ",") {
-			jobs <- job{f.name, call, f.inject}
-		}
-	}
-	close(jobs)
-	done.Wait()
-	close(hits)
-	count := map[string]int{}
-	for c := range hits {
-		count[c]++
-	}
-	if count["sendmsg"]+count["sendto"] < 2 {
-		t.Errorf("the faults hit %v, too few of what the kernel is sent", count)
-	}
-	t.Logf("faults by system call: %v", count)
 }
-
-var errNotReached = fmt.Errorf("the ADD ended before that call")
 
 // fault applies before, then after with the fault, and judges the outcome. It
 // is for other goroutines than the test's.
-func (p *pod) fault(before, after, call, inject string, want outcomes, opts ...option) error {
-	if r, err := p.launch("ADD", before, opts...).run(); err != nil || r.err() != nil {
-		return fmt.Errorf("ADD of the policy before: %v, %v", err, r.err())
+func (p *pod) fault(dir, before, after string, f fault, want outcomes) (reached bool, err error) {
+	nft := withConf("backend", "nft")
+	if r, err := p.launch("ADD", before, nft).run(); err != nil || r.err() != nil {
+		return false, fmt.Errorf("ADD of the policy before: %v, %v", err, r.err())
 	}
-	// With seccomp-bpf only the calls in question stop.
-	r, err := p.launch("ADD", after, opts...).under("strace", "-f", "--seccomp-bpf", "-o", "!cat >&2", "-e", "trace="+call, "-e", "inject="+call+":"+inject, "--").run()
+	r, calls, err := p.launch("ADD", after, nft).runTraced(dir, f)
 	if err != nil {
-		return err
+		return false, err
 	}
+	reached = calls >= f.nth
 	state, err := exactly(p.path)
 	if err != nil {
-		return err
+		return reached, err
 	}
 	if err := want.judge(state); err != nil {
-		return err
+		return reached, err
 	}
-	hit := strings.Contains(r.stderr, "INJECTED") || strings.Contains(r.stderr, "killed by SIGKILL")
-	if r.exit == 0 && rulesOf(shape(state)) != rulesOf(want.after) {
-		return fmt.Errorf("ADD says that it succeeded, but left what was before")
-	}
-	if !hit {
-		if r.exit != 0 {
-			return fmt.Errorf("failed without a fault: %w", r.err())
-		}
-		return errNotReached
-	}
-	if strings.Contains(inject, "error=") && r.exit != 0 {
-		if r.cniErr == nil && call != "write" {
-			return fmt.Errorf("failed without a CNI error\nstdout: %s\nstderr: %s", r.stdout, r.stderr)
-		}
+	isBefore, isAfter := rulesOf(shape(state)) == rulesOf(want.before), rulesOf(shape(state)) == rulesOf(want.after)
+	switch {
+	case r.exit == 0 && !isAfter:
+		return reached, errors.New("ADD says that it succeeded, but left what was before")
+	case !reached && r.exit != 0:
+		return reached, fmt.Errorf("failed without a fault: %w", r.err())
+	case r.exit == -1 && f.errno != 0:
+		return reached, fmt.Errorf("crashed: %s", r.stderr)
+	case r.exit > 0 && r.cniErr == nil && !slices.Equal(f.calls, writes):
+		return reached, fmt.Errorf("failed without a CNI error\nstdout: %s\nstderr: %s", r.stdout, r.stderr)
+	case r.exit > 0 && isBefore && shape(state) != want.before && !slices.Equal(f.calls, receives):
 		// Unlike one that is killed it can tidy up behind itself, unless it was the
 		// kernel's answer that was lost.
-		if !strings.HasPrefix(call, "recv") && rulesOf(shape(state)) == rulesOf(want.before) && shape(state) != want.before {
-			return fmt.Errorf("failed, and left\n%s", lineDiff(want.before, shape(state)))
-		}
+		return reached, fmt.Errorf("failed, and left\n%s", lineDiff(want.before, shape(state)))
 	}
 	// The next try, which a runtime makes, must get through.
-	if r, err := p.launch("ADD", after, opts...).run(); err != nil || r.err() != nil {
-		return fmt.Errorf("the next ADD: %v, %v", err, r.err())
+	if r, err := p.launch("ADD", after, nft).run(); err != nil || r.err() != nil {
+		return reached, fmt.Errorf("the next ADD: %v, %v", err, r.err())
 	}
 	state, err = exactly(p.path)
 	if err == nil && shape(state) != want.after {
 		err = fmt.Errorf("after the next ADD:\n%s", lineDiff(want.after, shape(state)))
 	}
-	return err
+	return reached, err
 }
 
 // TestIPTablesProgramFails has the program of one family fail, once, before or
@@ -227,29 +230,29 @@ func TestIPTablesProgramFails(t *testing.T) {
 // sends the kernel: also when routes are made and rules are not yet. The next
 // ADD, of a policy that needs no routes, must not leave them.
 func TestKilledThenAnotherPolicy(t *testing.T) {
-	p := bare(t)
+	p, dir := bare(t), t.TempDir()
 	nft := withConf("backend", "nft")
 	for name, next := range map[string]string{"nginx": policyNGINX, "none": policyNone} {
 		want := freshly(t, next, nft)
 		for _, killed := range []string{policyTProxy, policyKuma} {
 			kills := 0
-			for _, call := range []string{"sendto", "sendmsg"} {
-				for n := 1; ; n++ {
-					inject := fmt.Sprintf("inject=%s:signal=KILL:when=%d", call, n)
-					r := p.launch("ADD", killed, nft).under("strace", "-f", "-o", "/dev/null", "-e", "trace="+call, "-e", inject, "--").must(t)
-					if r.exit == 0 {
-						break
-					}
-					kills++
-					p.mustAdd(next, nft)
-					same(t, fmt.Sprintf("%s, killed at %s number %d, then %s", killed, call, n, name), shape(p.exact()), want)
-					if err := p.check(next, nft).err(); err != nil {
-						t.Errorf("CHECK: %v", err)
-					}
-					p.mustAdd(policyNone, nft)
+			for {
+				r, _, err := p.launch("ADD", killed, nft).runTraced(dir, fault{calls: sends, nth: kills + 1})
+				if err != nil {
+					t.Fatal(err)
+				}
+				if r.exit == 0 {
+					break
+				}
+				kills++
+				p.mustAdd(next, nft)
+				same(t, fmt.Sprintf("%s, killed while sending number %d, then %s", killed, kills, name), shape(p.exact()), want)
+				if err := p.check(next, nft).err(); err != nil {
+					t.Errorf("CHECK: %v", err)
 				}
 				p.mustAdd(policyNone, nft)
 			}
+			p.mustAdd(policyNone, nft)
 			if kills < 3 {
 				t.Errorf("%d kills are too few to say anything", kills)
 			}

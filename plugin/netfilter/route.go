@@ -53,6 +53,7 @@ func NeedsRoutes(p *redirect.Policy) bool { return needsOf(p) != routeNeeds{} }
 // One thing that is there or not: a rule, a route, an address.
 type item struct {
 	what   string // as ip(8) writes it
+	family int
 	add    func(*netlink.Handle) error
 	del    func(*netlink.Handle) error
 	exists func(*netlink.Handle) (bool, error)
@@ -70,6 +71,8 @@ var families = []struct {
 // loIndex is the index of lo, the first device of every network namespace.
 const loIndex = 1
 
+var loDevice = &netlink.Device{LinkAttrs: netlink.LinkAttrs{Name: "lo", Index: loIndex}}
+
 // toLoItems starts each family with its rule, which without its route does
 // nothing, so that the rule tells of everything (strayRoutes).
 func toLoItems() []item {
@@ -85,12 +88,14 @@ func toLoItems() []item {
 		}
 		items = append(items,
 			item{
+				family: f.id,
 				what:   fmt.Sprintf("ip %s rule pref %d fwmark %#x/%#x lookup %d", f.flag, routeID, markToLo, markToLo, routeID),
 				add:    func(h *netlink.Handle) error { return h.RuleAdd(rule) },
 				del:    func(h *netlink.Handle) error { return h.RuleDel(rule) },
 				exists: func(h *netlink.Handle) (bool, error) { return ruleExists(h, rule) },
 			},
 			item{
+				family: f.id,
 				what:   fmt.Sprintf("ip %s route local default dev lo table %d", f.flag, routeID),
 				add:    func(h *netlink.Handle) error { return h.RouteAdd(route) },
 				del:    func(h *netlink.Handle) error { return h.RouteDel(route) },
@@ -113,15 +118,15 @@ func ruleExists(h *netlink.Handle, want *netlink.Rule) (bool, error) {
 }
 
 func passthroughItem() item {
-	lo := &netlink.Device{LinkAttrs: netlink.LinkAttrs{Name: "lo", Index: loIndex}}
 	// Without duplicate address detection: a proxy may bind to it at once.
 	addr := &netlink.Addr{Flags: unix.IFA_F_NODAD, IPNet: &net.IPNet{IP: net.ParseIP("::6"), Mask: net.CIDRMask(128, 128)}}
 	return item{
-		what: "ip -6 address ::6/128 dev lo",
-		add:  func(h *netlink.Handle) error { return h.AddrAdd(lo, addr) },
-		del:  func(h *netlink.Handle) error { return h.AddrDel(lo, addr) },
+		family: unix.AF_INET6,
+		what:   "ip -6 address ::6/128 dev lo",
+		add:    func(h *netlink.Handle) error { return h.AddrAdd(loDevice, addr) },
+		del:    func(h *netlink.Handle) error { return h.AddrDel(loDevice, addr) },
 		exists: func(h *netlink.Handle) (bool, error) {
-			addrs, err := h.AddrList(lo, unix.AF_INET6)
+			addrs, err := h.AddrList(loDevice, unix.AF_INET6)
 			return slices.ContainsFunc(addrs, func(a netlink.Addr) bool { return a.IP.Equal(addr.IP) }), err
 		},
 	}
@@ -146,6 +151,14 @@ func itemsOf(p *redirect.Policy) (needed, rest []item) {
 // pod without IPv6 needs no IPv6 routes.
 func noIPv6(err error) bool {
 	return errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EACCES)
+}
+
+// ipv6Disabled reports whether IPv6 is switched off in the namespace
+// (net.ipv6.conf.lo.disable_ipv6): its lo, which is up whenever something of ours
+// could be added, then has no ::1.
+func ipv6Disabled(h *netlink.Handle) bool {
+	addrs, err := h.AddrList(loDevice, unix.AF_INET6)
+	return err == nil && !slices.ContainsFunc(addrs, func(a netlink.Addr) bool { return a.IP.Equal(net.IPv6loopback) })
 }
 
 func routeHandle(ns int) (*netlink.Handle, error) {
@@ -187,7 +200,7 @@ func addRoutes(ns int, p *redirect.Policy) (changed bool, undo func(), err error
 	for _, it := range needed {
 		err := it.add(h)
 		if errors.Is(err, unix.ENETDOWN) { // lo is still down: runtimes differ in when they raise it
-			if err = h.LinkSetUp(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Name: "lo", Index: loIndex}}); err == nil {
+			if err = h.LinkSetUp(loDevice); err == nil {
 				err = it.add(h)
 			}
 		}
@@ -276,6 +289,7 @@ func CheckRoutes(ns int, p *redirect.Policy) error {
 		case err != nil && noIPv6(err):
 		case err != nil:
 			return fmt.Errorf("looking for %s: %w", it.what, err)
+		case i < len(needed) && !there && it.family == unix.AF_INET6 && ipv6Disabled(h):
 		case i < len(needed) && !there:
 			return &Difference{Where: "routing", Want: it.what}
 		case i >= len(needed) && there:
