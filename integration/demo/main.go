@@ -3,7 +3,8 @@
 // small transparent proxy in the pod, and connections both ways over both
 // families. Every line that it prints is checked against what was seen on the
 // sockets. It needs root, changes nothing outside its own namespaces, and
-// leaves nothing behind, however it ends: see package sandbox.
+// leaves nothing behind; killed outright, a directory of temporary files (see
+// package sandbox for the namespaces).
 package main
 
 import (

@@ -73,6 +73,9 @@ func withoutIPv6(p *pod) { p.noIPv6 = true }
 
 func newPod(t testing.TB, opts ...podOption) *pod {
 	t.Helper()
+	if err := inputs(); err != nil {
+		t.Fatal(err)
+	}
 	p := &pod{
 		t:       t,
 		name:    fmt.Sprintf("%s%d-%d", netnsPrefix, os.Getpid(), podCount.Add(1)),

@@ -25,6 +25,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -96,6 +97,18 @@ func runTests(m *testing.M) (code int, err error) {
 	sweep()
 	return m.Run(), nil
 }
+
+// inputs tells go test, which remembers results and looks at what a test opens,
+// that this one depends on the plugin's sources, though it imports none of them.
+var inputs = sync.OnceValue(func() error {
+	os.Getenv(pluginVariable)
+	return filepath.WalkDir(filepath.Join("..", "..", "plugin"), func(path string, d os.DirEntry, err error) error {
+		if err == nil && !d.IsDir() {
+			_, err = os.Stat(path)
+		}
+		return err
+	})
+})
 
 // A flavour is a way to program the rules: a backend, and the PATH that decides
 // which iptables it finds.
@@ -200,6 +213,9 @@ func runPlugin(t testing.TB, command, stdin string, env map[string]string) resul
 // namespaces.
 func runProgram(t testing.TB, args []string, stdin string, env map[string]string) result {
 	t.Helper()
+	if err := inputs(); err != nil {
+		t.Fatal(err)
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, lab.plugin, args...)

@@ -296,12 +296,16 @@ func TestNodeSocket(t *testing.T) {
 		}
 	})
 
-	t.Run("never asked when the annotation is there", func(t *testing.T) {
+	t.Run("not asked without need", func(t *testing.T) {
 		n := newNode(t, says(policyKuma))
 		p := bare(t)
 		p.mustAdd(policyNGINX, withConf("nodeSocket", n.path))
 		p.mustAdd(policyNone, withConf("nodeSocket", n.path))
 		p.mustAdd(policyNGINX, withConf("nodeSocket", n.path), withAnnotation("preroute.io/path", "init"))
+		// Nor by DEL, which must not wait for anybody.
+		if err := p.del("", withConf("nodeSocket", n.path)).err(); err != nil {
+			t.Errorf("DEL: %v", err)
+		}
 		select {
 		case q := <-n.asked:
 			t.Errorf("the node was asked %s", q)

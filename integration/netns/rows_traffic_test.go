@@ -249,7 +249,7 @@ func TestDNSOverThreePorts(t *testing.T) {
 					}
 				}
 				if len(wrong) > 0 {
-					t.Errorf("IPv%s, %s, the %s: of %d queries, these did not get to %s: %v", family, what, who, len(ans.Outcomes), want, wrong)
+					t.Fatalf("IPv%s, %s, the %s: of %d queries, these did not get to %s: %v", family, what, who, len(ans.Outcomes), want, wrong)
 				}
 			}
 		}

@@ -176,7 +176,7 @@ func (t *nftTable) dnsChains(p *redirect.Policy, rules []redirect.Rule) {
 	ans := t.chain("dns_source", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource, "postrouting priority srcnat")
 	for _, a := range lo {
 		ans.rule("D1 a loopback source, for proxies that answer from a wildcard socket",
-			(&line{}).ctZone().nfproto(a.Addr()).port(0, "dport", "==", p.DNS.Port).snat(a.Addr()))
+			(&line{}).ctZone().ctDNAT().nfproto(a.Addr()).port(0, "dport", "==", p.DNS.Port).snat(a.Addr()))
 	}
 }
 

@@ -264,6 +264,12 @@ func (l *line) markSet(bit uint32) *line {
 		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg}, setBit(bit), &expr.Meta{Key: expr.MetaKeyMARK, Register: reg, SourceRegister: true})
 }
 
+// ct status dnat
+func (l *line) ctDNAT() *line {
+	const dstNAT = 1 << 5 // IPS_DST_NAT
+	return l.add("ct status dnat", append([]expr.Any{&expr.Ct{Register: reg, Key: expr.CtKeySTATUS}}, hasBit(dstNAT)...)...)
+}
+
 // ct zone 28786
 func (l *line) ctZone() *line {
 	return l.add(fmt.Sprintf("ct zone %d", routeID),
