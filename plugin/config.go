@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"github.com/preroute/preroute/plugin/backend"
+	"github.com/preroute/preroute/plugin/netfilter"
 	"github.com/preroute/preroute/plugin/redirect"
 )
 
@@ -125,6 +126,9 @@ func (c *config) policy(pod podArgs) (*redirect.Policy, error) {
 		return nil, nil
 	}
 	p, err := redirect.Parse(text)
+	if err == nil {
+		err = netfilter.Supported(p)
+	}
 	if err != nil {
 		return nil, &policyError{source, err}
 	}
