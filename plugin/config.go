@@ -35,21 +35,23 @@ type config struct {
 		Annotations map[string]string `json:"io.kubernetes.cri.pod-annotations"`
 	} `json:"runtimeConfig"`
 	PrevResult json.RawMessage `json:"prevResult"`
+
+	wrongType *json.UnmarshalTypeError // the first key of a wrong type, kept for pods that have a policy
 }
 
 // defaultExcluded are the namespaces whose pods start also while the node's
 // socket does not answer: without them the cluster could not heal it.
 var defaultExcluded = []string{"kube-system", "kube-public", "kube-node-lease", "preroute-system"}
 
-// parseConfig decodes what the runtime sends. Annotations of no sound form do
-// not make it fail: whether the pod has a policy decides what that means.
+// parseConfig decodes what the runtime sends. A key of a wrong type does not make
+// it fail: whether the pod has a policy decides what that means.
 func parseConfig(stdin []byte) (*config, error) {
 	c := &config{ExcludeNamespaces: defaultExcluded}
 	err := json.Unmarshal(stdin, c)
-	var wrong *json.UnmarshalTypeError
-	if errors.As(err, &wrong) && strings.HasPrefix(wrong.Field, "runtimeConfig") {
+	// encoding/json goes on after a value of a wrong type, and decodes the rest.
+	if errors.As(err, &c.wrongType) {
 		c.RuntimeConfig.Annotations = soundAnnotations(stdin)
-		return c, nil // encoding/json has decoded all that could be
+		return c, nil
 	}
 	if err != nil {
 		return nil, fmt.Errorf("network configuration: %w", err)
@@ -83,6 +85,9 @@ func soundAnnotations(stdin []byte) map[string]string {
 }
 
 func (c *config) validate() error {
+	if w := c.wrongType; w != nil && !strings.HasPrefix(w.Field, "runtimeConfig") {
+		return fmt.Errorf("network configuration: %s: a %s: want a value of type %s", w.Field, w.Value, w.Type)
+	}
 	if c.Backend != "" && !slices.Contains(backend.Names, c.Backend) {
 		return fmt.Errorf("network configuration: backend: %q: want one of %s", c.Backend, strings.Join(backend.Names, ", "))
 	}

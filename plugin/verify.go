@@ -141,6 +141,33 @@ func ownAddresses() ([]netip.Addr, error) {
 	return own, nil
 }
 
+// interfaceTo is the interface by which the pod sends to an address, "" when no
+// route leads there. Connecting a UDP socket sends nothing.
+func interfaceTo(a netip.Addr) string {
+	c, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(netip.AddrPortFrom(a, 9)))
+	if err != nil {
+		return ""
+	}
+	defer c.Close()
+	from := c.LocalAddr().(*net.UDPAddr).AddrPort().Addr().Unmap()
+	if from == a {
+		return "lo" // one of the pod's own
+	}
+	interfaces, err := net.Interfaces()
+	if err != nil {
+		return ""
+	}
+	for _, i := range interfaces {
+		addrs, _ := i.Addrs()
+		for _, have := range addrs {
+			if p, err := netip.ParsePrefix(have.String()); err == nil && p.Addr().Unmap() == from {
+				return i.Name
+			}
+		}
+	}
+	return ""
+}
+
 var passthrough6 = netip.MustParseAddr("::6")
 
 // plan adds the probes of one family.
@@ -156,9 +183,10 @@ func (v *verifier) plan(p *redirect.Policy, is4 bool, own []netip.Addr, uid, gid
 	}
 	me, rules := own[i], p.Rules()
 	app := redirect.Conn{Proto: redirect.ProtoTCP, Chain: redirect.ChainOutput, UID: uid, GID: gid, Own: own}
-	// decide looks for a destination that the rules send to the port.
+	// find looks for a destination that the rules send to the port.
 	find := func(c redirect.Conn, row string, want uint16, addrs []netip.Addr, ports []uint16) (netip.AddrPort, bool) {
 		for _, a := range addrs {
+			c.Interface = interfaceTo(a)
 			for _, port := range ports {
 				c.Dst = netip.AddrPortFrom(a, port)
 				if d := redirect.Decide(rules, c); d.Rule != nil && d.Rule.Row == row && d.Port == want {

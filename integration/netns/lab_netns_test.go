@@ -119,6 +119,12 @@ func (p *pod) wire() error {
 		if err := os.WriteFile("/proc/sys/net/ipv6/ip_nonlocal_bind", []byte("1"), 0); err != nil {
 			return err
 		}
+		// Clients keep out of the pod's range of ports: a proxy that dials the app
+		// from a client's address must not happen on the port of another connection
+		// of that client, since the app could not tell the two apart.
+		if err := os.WriteFile("/proc/sys/net/ipv4/ip_local_port_range", []byte("20000 29999"), 0); err != nil {
+			return err
+		}
 		lo, err := netlink.LinkByName("lo")
 		if err != nil {
 			return err

@@ -6,11 +6,15 @@
 // haproxy; without them it fails, it does not skip. One kernel is tried, the
 // one it runs on. UDP other than DNS is not in it yet.
 //
-// The lab has three parts. A pod (lab_pod_test.go) is a network namespace with
-// a veth to a second one, its world. An agent (lab_agent_test.go) is this very
-// test binary, started again inside one of the two with a UID and GID, so that
-// its sockets have the owner that the rules ask for; it does what it is told
-// line by line (lab_command_test.go). This file builds the plugin and runs it.
+// The lab has three parts. A pod (lab_pod_test.go, lab_netns_test.go) is a
+// network namespace with a veth to a second one, its world. An agent
+// (lab_agent_test.go) is this very test binary, started again inside one of the
+// two with a UID and GID, so that its sockets have the owner that the rules ask
+// for; it does what it is told line by line (lab_command_test.go,
+// lab_dns_test.go). This file builds the plugin and runs it.
+//
+// The tests: rows_*_test.go are the table "What packets do", haproxy_test.go the
+// same with a proxy of other people's, lifecycle_*_test.go the life cycle.
 package netns_test
 
 import (

@@ -118,13 +118,12 @@ func remains(t *testing.T) string {
 		t.Fatal(err)
 	}
 	for line := range strings.Lines(string(mounts)) {
-		if strings.Contains(line, pid) || strings.Contains(line, "preroute/") {
+		if strings.Contains(line, pid) || strings.Contains(line, " /run/preroute") {
 			b.WriteString(line)
 		}
 	}
 	for _, pattern := range []string{
 		filepath.Join(netnsFolder, pid+"*"), "/run/preroute/*", "/var/lib/preroute*", "/var/run/preroute*", "/tmp/preroute.*", lab.dir + "/*",
-		"/run/xtables.lock*",
 	} {
 		names, err := filepath.Glob(pattern)
 		if err != nil {

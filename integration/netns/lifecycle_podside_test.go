@@ -144,6 +144,25 @@ func TestVerifyPasses(t *testing.T) {
 			})
 		}
 	}
+	// By an excepted interface nothing is redirected, and nothing need be; what
+	// leaves by another one (eth1 leads to 203.0.113.0/24) is proven all the same.
+	for ifName, unproven := range map[string]string{`eth0","eth1`: "outbound", "lo": "inbound", "eth0": "", "eth1": ""} {
+		t.Run("except "+ifName, func(t *testing.T) {
+			p := newPod(t, withSecond)
+			policy := strings.TrimSuffix(policyNGINX, "}") + `,"exceptInterfaces":["` + ifName + `"]}`
+			p.mustAdd(policy)
+			r := p.verify(policy, "0s").must(t)
+			if r.exit != 0 {
+				t.Fatalf("exit status %d: %s", r.exit, r.stderr)
+			}
+			for _, direction := range []string{"outbound", "inbound"} {
+				proven := regexp.MustCompile(direction + ` IPv[46]: a connection`).MatchString(r.stdout)
+				if proven != (direction != unproven) {
+					t.Errorf("%s was proven: %v: %s", direction, proven, r.stdout)
+				}
+			}
+		})
+	}
 	t.Run("without IPv6", func(t *testing.T) {
 		p := newPod(t, withoutIPv6)
 		p.mustAdd(policyNGINX)

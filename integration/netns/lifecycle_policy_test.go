@@ -133,7 +133,7 @@ func TestBadPolicyWithPolicyInPlace(t *testing.T) {
 		` `:                                                  policyAnnotation,
 	} {
 		r := p.add(policy)
-		if r.cniErr == nil || r.cniErr.Code != 7 && !strings.Contains(policy, "udp") || !strings.Contains(r.cniErr.Error(), want) {
+		if r.cniErr == nil || r.cniErr.Code != 7 || !strings.Contains(r.cniErr.Error(), want) {
 			t.Errorf("policy %s: want CNI error 7 with %q, got %v", policy, want, r.err())
 		}
 		same(t, "a bad policy changed something", p.exact(), before)
@@ -157,6 +157,11 @@ func TestAnnotationOfAWrongType(t *testing.T) {
 		"unknown keys":          withConf("zzz", map[string]any{"policy": 1}),
 		"a list of annotations": annotations([]any{}),
 		"a string":              annotations("x"),
+		// What is wrong in our own entry stops the pods that it is for.
+		"an unknown backend":         withConf("backend", "ipchains"),
+		"a backend of a wrong type":  withConf("backend", 1),
+		"a logLevel of a wrong type": withConf("logLevel", []int{}),
+		"namespaces of a wrong type": withConf("excludeNamespaces", "kube-system"),
 	} {
 		if err := p.add("", o).err(); err != nil {
 			t.Errorf("%s: a pod without a policy fails: %v", name, err)

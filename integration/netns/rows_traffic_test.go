@@ -57,7 +57,6 @@ func TestThroughTheProxy(t *testing.T) {
 				via(p.agent(appOwner), "far", "world")
 				via(p.agent(rootOwner), "gw", "world")
 				via(p.outside(), "pod", "app")
-				// The proxy between two apps of this pod, over its own address.
 				for name, a := range map[string]*agent{"far": p.agent(appOwner), "pod": p.outside()} {
 					r := request{Op: "echo", Net: "tcp" + family, Remotes: []string{at(family, name, "80")}, Say: "via echo", Count: 4, Bytes: 1 << 20}
 					for _, got := range a.do(r).Outcomes {
