@@ -42,7 +42,7 @@ func (s *nftSet) add(key []byte, end bool) {
 // on they go in a hash rather than an interval set. The kernel takes 2.4 ms for
 // 1000 intervals of two ends each, 0.6 ms for 1000 elements of a hash whose size
 // it is told (Linux 6.18).
-const hashFrom = 64
+const hashFrom = 32
 
 // set returns the set of that name and content, made when it is not there yet.
 func (t *nftTable) set(s *nftSet) *nftSet {
