@@ -209,7 +209,7 @@ func TestDNSSockets(t *testing.T) {
 						{Net: "udp", Local: at(family, "second", "0")},
 						{Net: "tcp"},
 					} {
-						r.Op, r.Remotes = "query", remotes
+						r.Op, r.Remotes, r.TimeoutMS = "query", remotes, 5000
 						r.Net += family
 						for i, got := range p.agent(who).do(r).Outcomes {
 							orig := ""
@@ -217,7 +217,7 @@ func TestDNSSockets(t *testing.T) {
 								orig = remotes[i]
 							}
 							if got.Err != "" || got.View.Who != "dns-proxy" || got.From != remotes[i] || got.View.Orig != orig {
-								t.Errorf("UID %d asks %s, request %+v: got %+v", who.uid, remotes[i], r, got)
+								t.Fatalf("UID %d asks %s, request %+v: got %+v", who.uid, remotes[i], r, got)
 							}
 						}
 					}

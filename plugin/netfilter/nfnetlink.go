@@ -113,7 +113,7 @@ func (m *message) nestAt(typ uint16, f func()) {
 type batch struct {
 	message
 	seq   uint32
-	what  []string // what each message does, for errors
+	what  []phrase // what each message does, for errors
 	first uint32
 }
 
@@ -139,7 +139,7 @@ func (b *batch) begin(typ, flags uint16, resID uint16, family byte, f func()) {
 }
 
 // nft appends one nf_tables message of family inet; what names it in errors.
-func (b *batch) nft(msg, flags uint16, what string, f func()) {
+func (b *batch) nft(msg, flags uint16, what phrase, f func()) {
 	b.what = append(b.what, what)
 	b.begin(unix.NFNL_SUBSYS_NFTABLES<<8|msg, flags, 0, unix.NFPROTO_INET, f)
 }
@@ -180,7 +180,7 @@ func (c *nfConn) commit(b *batch) error {
 			if errno != 0 && first == nil {
 				e := &batchError{"the transaction", errno}
 				if i := int(seq - b.first - 1); i >= 0 && i < len(b.what) {
-					e.what = b.what[i]
+					e.what = fmt.Sprintf(b.what[i].format, b.what[i].args...)
 				}
 				first = e
 			}
@@ -223,9 +223,12 @@ func (c *nfConn) send(b []byte) error {
 
 func (c *nfConn) receive() ([]netlink.Message, error) {
 	buf := make([]byte, 32<<10) // the kernel fills at most this much at once
-	n, _, err := unix.Recvfrom(c.fd, buf, 0)
+	n, _, err := unix.Recvfrom(c.fd, buf, unix.MSG_TRUNC)
 	for errors.Is(err, unix.EINTR) {
-		n, _, err = unix.Recvfrom(c.fd, buf, 0)
+		n, _, err = unix.Recvfrom(c.fd, buf, unix.MSG_TRUNC)
+	}
+	if err == nil && n > len(buf) {
+		err = unix.EMSGSIZE
 	}
 	if err != nil {
 		return nil, fmt.Errorf("receiving from netfilter: %w", err)
@@ -256,7 +259,19 @@ func (c *nfConn) request(msg uint16, dump bool, f func(m *message)) ([][]netlink
 	return c.requestFamily(unix.NFPROTO_INET, msg, dump, f)
 }
 
-func (c *nfConn) requestFamily(family byte, msg uint16, dump bool, f func(m *message)) ([][]netlink.Attribute, error) {
+func (c *nfConn) requestFamily(family byte, msg uint16, dump bool, f func(m *message)) (out [][]netlink.Attribute, err error) {
+	// A dump that others' changes cut short is to be asked for again.
+	for range 10 {
+		if out, err = c.ask(family, msg, dump, f); !errors.Is(err, errDumpInterrupted) {
+			break
+		}
+	}
+	return out, err
+}
+
+var errDumpInterrupted = errors.New("the rules change faster than they can be read")
+
+func (c *nfConn) ask(family byte, msg uint16, dump bool, f func(m *message)) ([][]netlink.Attribute, error) {
 	flags := uint16(unix.NLM_F_ACK)
 	if dump {
 		flags = unix.NLM_F_DUMP
@@ -268,14 +283,20 @@ func (c *nfConn) requestFamily(family byte, msg uint16, dump bool, f func(m *mes
 		return nil, err
 	}
 	var out [][]netlink.Attribute
+	interrupted := false
 	for {
 		msgs, err := c.receive()
 		if err != nil {
 			return nil, err
 		}
 		for _, m := range msgs {
+			if m.Header.Sequence != b.seq {
+				continue
+			}
+			interrupted = interrupted || m.Header.Flags&unix.NLM_F_DUMP_INTR != 0
 			switch {
-			case m.Header.Sequence != b.seq:
+			case m.Header.Type == netlink.Done && interrupted:
+				return nil, errDumpInterrupted
 			case m.Header.Type == netlink.Done:
 				return out, nil
 			case m.Header.Type == netlink.Error:
@@ -284,9 +305,6 @@ func (c *nfConn) requestFamily(family byte, msg uint16, dump bool, f func(m *mes
 				}
 				return out, nil
 			case len(m.Data) >= nfHeaderLen:
-				if m.Header.Flags&unix.NLM_F_DUMP_INTR != 0 {
-					return nil, unix.EINTR
-				}
 				out = append(out, attributes(m.Data[nfHeaderLen:]))
 			}
 		}

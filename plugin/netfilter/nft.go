@@ -202,7 +202,7 @@ func (c *nftConn) write(want *nftTable, mode writeMode) error {
 }
 
 func (b *batch) table(msg, flags uint16) {
-	b.nft(msg, flags, "the table", func() { b.str(unix.NFTA_TABLE_NAME, TableName) })
+	b.nft(msg, flags, say("the table"), func() { b.str(unix.NFTA_TABLE_NAME, TableName) })
 }
 
 // setFlags are NFT_SET_INTERVAL or none: a named set that rules look up.
@@ -218,7 +218,7 @@ func (b *batch) set(s *nftSet, id uint32) {
 	if s.host {
 		order = 1
 	}
-	b.nft(unix.NFT_MSG_NEWSET, unix.NLM_F_CREATE, "set "+s.name, func() {
+	b.nft(unix.NFT_MSG_NEWSET, unix.NLM_F_CREATE, say("set %s", s.name), func() {
 		b.str(unix.NFTA_SET_TABLE, TableName)
 		b.str(unix.NFTA_SET_NAME, s.name)
 		b.u32(unix.NFTA_SET_FLAGS, s.flags())
@@ -231,7 +231,7 @@ func (b *batch) set(s *nftSet, id uint32) {
 		b.attr(unix.NFTA_SET_USERDATA, userdata.AppendUint32(nil, userdata.NFTNL_UDATA_SET_KEYBYTEORDER, order))
 	})
 	for at := 0; at < len(s.elems); at += chunk {
-		b.nft(unix.NFT_MSG_NEWSETELEM, unix.NLM_F_CREATE, "elements of set "+s.name, func() {
+		b.nft(unix.NFT_MSG_NEWSETELEM, unix.NLM_F_CREATE, say("elements of set %s", s.name), func() {
 			b.str(unix.NFTA_SET_ELEM_LIST_TABLE, TableName)
 			b.str(unix.NFTA_SET_ELEM_LIST_SET, s.name)
 			b.nest(unix.NFTA_SET_ELEM_LIST_ELEMENTS, func() {
@@ -250,7 +250,7 @@ func (b *batch) set(s *nftSet, id uint32) {
 }
 
 func (b *batch) chain(ch *nftChain) {
-	b.nft(unix.NFT_MSG_NEWCHAIN, unix.NLM_F_CREATE, "chain "+ch.name, func() {
+	b.nft(unix.NFT_MSG_NEWCHAIN, unix.NLM_F_CREATE, say("chain %s", ch.name), func() {
 		b.str(unix.NFTA_CHAIN_TABLE, ch.table)
 		b.str(unix.NFTA_CHAIN_NAME, ch.name)
 		if ch.typ == "" {
@@ -270,10 +270,10 @@ func (b *batch) rule(ch *nftChain, r nftRule) error {
 	for i, e := range r.exprs {
 		var err error
 		if exprs[i], err = expr.Marshal(unix.NFPROTO_INET, e); err != nil {
-			return fmt.Errorf("rule %s: %w", r.text, err)
+			return fmt.Errorf("rule %s: %w", r, err)
 		}
 	}
-	b.nft(unix.NFT_MSG_NEWRULE, unix.NLM_F_CREATE|unix.NLM_F_APPEND, "chain "+ch.name+", rule "+r.describe(), func() {
+	b.nft(unix.NFT_MSG_NEWRULE, unix.NLM_F_CREATE|unix.NLM_F_APPEND, say("chain %s, rule %s", ch.name, r), func() {
 		b.str(unix.NFTA_RULE_TABLE, ch.table)
 		b.str(unix.NFTA_RULE_CHAIN, ch.name)
 		b.nest(unix.NFTA_RULE_EXPRESSIONS, func() {
@@ -327,7 +327,7 @@ func nftFeatures() []nftFeature {
 func (c *nftConn) probe(f nftFeature) error {
 	const name = TableName + "_probe"
 	table := func(b *batch, msg, flags uint16) {
-		b.nft(msg, flags, name, func() { b.str(unix.NFTA_TABLE_NAME, name) })
+		b.nft(msg, flags, say(name), func() { b.str(unix.NFTA_TABLE_NAME, name) })
 	}
 	prio := nftables.ChainPriorityFilter
 	ch := &nftChain{table: name, name: "probe", typ: f.typ, hook: f.hook, prio: prio}
@@ -335,7 +335,7 @@ func (c *nftConn) probe(f nftFeature) error {
 	table(b, unix.NFT_MSG_NEWTABLE, unix.NLM_F_CREATE)
 	b.chain(ch)
 	if len(f.rule.exprs) > 0 {
-		if err := b.rule(ch, nftRule{exprs: f.rule.exprs}); err != nil {
+		if err := b.rule(ch, nftRule{line: f.rule}); err != nil {
 			return err
 		}
 	}

@@ -226,7 +226,7 @@ func (c *nftConn) checkRules(want *nftTable, where string) error {
 }
 
 func (r nftRule) describe() string {
-	return strings.ReplaceAll(r.text, "counter packets 0 bytes 0 ", "") + " (" + r.comment + ")"
+	return strings.ReplaceAll(r.String(), "counter packets 0 bytes 0 ", "") + " (" + r.comment + ")"
 }
 
 // compiled is the rule's expressions as the kernel would show them.

@@ -33,9 +33,8 @@ type nftChain struct {
 }
 
 type nftRule struct {
-	text    string
+	*line
 	comment string
-	exprs   []expr.Any
 }
 
 // TableName is the one table of ours, of family inet.
@@ -71,7 +70,7 @@ func (t *nftTable) String() string {
 			fmt.Fprintf(&b, "\t\ttype %s hook %s; policy accept;\n", c.typ, c.where)
 		}
 		for _, r := range c.rules {
-			fmt.Fprintf(&b, "\t\t%s comment %q\n", r.text, r.comment)
+			fmt.Fprintf(&b, "\t\t%s comment %q\n", r, r.comment)
 		}
 		b.WriteString("\t}\n")
 	}
@@ -214,7 +213,10 @@ func (t *nftTable) markChain(p *redirect.Policy, rules []redirect.Rule) {
 }
 
 // acts tells a rule that does something from one that lets pass.
-func (r nftRule) acts() bool { return !strings.HasSuffix(r.text, " accept") }
+func (r nftRule) acts() bool {
+	v, ok := r.exprs[len(r.exprs)-1].(*expr.Verdict)
+	return !ok || v.Kind != expr.VerdictAccept
+}
 
 func (t *nftTable) chain(name string, typ nftables.ChainType, hook *nftables.ChainHook, prio *nftables.ChainPriority, where string) *nftChain {
 	c := &nftChain{table: TableName, name: name, typ: typ, hook: hook, prio: prio, where: where}
@@ -222,18 +224,11 @@ func (t *nftTable) chain(name string, typ nftables.ChainType, hook *nftables.Cha
 	return c
 }
 
-// implied shortens a rule as nft lists it: a protocol that the next statement
-// implies is not said.
-var implied = strings.NewReplacer(
-	"meta nfproto ipv4 ip ", "ip ", "meta nfproto ipv6 ip6 ", "ip6 ",
-	"meta l4proto tcp tcp ", "tcp ", "meta l4proto udp udp ", "udp ")
-
 func (c *nftChain) rule(comment string, l *line) {
 	if len(comment) >= maxComment {
 		comment = comment[:maxComment-1]
 	}
-	text := implied.Replace(strings.Join(l.text, " "))
-	c.rules = append(c.rules, nftRule{text, comment, l.exprs})
+	c.rules = append(c.rules, nftRule{l, comment})
 }
 
 // add appends one rule of the policy: as many nft rules as its owner lists,

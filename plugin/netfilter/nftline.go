@@ -3,6 +3,7 @@ package netfilter
 import (
 	"fmt"
 	"net/netip"
+	"strings"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
@@ -14,11 +15,35 @@ import (
 // A line is one nft rule in the making: each method appends one statement, as
 // the text nft(8) lists it with and as the expressions nft(8) compiles it to.
 type line struct {
-	text  []string
+	text  []phrase
 	exprs []expr.Any
 }
 
-func (l *line) add(text string, exprs ...expr.Any) *line {
+// A phrase is text that is put together when somebody reads it: on the path of a
+// pod's start nobody does.
+type phrase struct {
+	format string
+	args   []any
+}
+
+func say(format string, args ...any) phrase { return phrase{format, args} }
+
+// implied shortens a rule as nft lists it: a protocol that the next statement
+// implies is not said.
+var implied = strings.NewReplacer(
+	"meta nfproto ipv4 ip ", "ip ", "meta nfproto ipv6 ip6 ", "ip6 ",
+	"meta l4proto tcp tcp ", "tcp ", "meta l4proto udp udp ", "udp ")
+
+// String is the line as nft lists it.
+func (l *line) String() string {
+	words := make([]string, len(l.text))
+	for i, p := range l.text {
+		words[i] = fmt.Sprintf(p.format, p.args...)
+	}
+	return implied.Replace(strings.Join(words, " "))
+}
+
+func (l *line) add(text phrase, exprs ...expr.Any) *line {
 	l.text = append(l.text, text)
 	l.exprs = append(l.exprs, exprs...)
 	return l
@@ -61,7 +86,7 @@ func u32(n uint32) []byte { return binaryutil.NativeEndian.PutUint32(n) }
 // meta l4proto tcp; meta l4proto != udp
 func (l *line) l4proto(op string, protos redirect.Proto) *line {
 	for _, p := range protos.Each() {
-		l.add(fmt.Sprintf("meta l4proto %s%s", sign(op), p),
+		l.add(say("meta l4proto %s%s", sign(op), p),
 			&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg}, cmp(op, []byte{protoNumber(p)}))
 	}
 	return l
@@ -73,7 +98,7 @@ func (l *line) nfproto(a netip.Addr) *line {
 	if a.Is6() {
 		name, id = "ipv6", unix.NFPROTO_IPV6
 	}
-	return l.add("meta nfproto "+name, &expr.Meta{Key: expr.MetaKeyNFPROTO, Register: reg}, cmp("==", []byte{id}))
+	return l.add(say("meta nfproto %s", name), &expr.Meta{Key: expr.MetaKeyNFPROTO, Register: reg}, cmp("==", []byte{id}))
 }
 
 // iifname "eth1"
@@ -82,7 +107,7 @@ func (l *line) ifname(key, name string) *line {
 	if key == "oifname" {
 		k = expr.MetaKeyOIFNAME
 	}
-	return l.add(fmt.Sprintf("%s %q", key, name), &expr.Meta{Key: k, Register: reg}, cmp("==", ifnameKey(name)))
+	return l.add(say("%s %q", key, name), &expr.Meta{Key: k, Register: reg}, cmp("==", ifnameKey(name)))
 }
 
 func ifnameKey(name string) []byte {
@@ -101,7 +126,7 @@ func (l *line) interfaces(t *nftTable, chain redirect.Chain, names []string) *li
 		return l.ifname(key, names[0])
 	}
 	s := t.set(interfaceSet(names))
-	return l.add(key+" @"+s.name, &expr.Meta{Key: k, Register: reg}, lookup(s, "=="))
+	return l.add(say("%s @%s", key, s.name), &expr.Meta{Key: k, Register: reg}, lookup(s, "=="))
 }
 
 // meta skuid 2102; meta skgid @skgids
@@ -112,10 +137,10 @@ func (l *line) ids(t *nftTable, key string, ids []uint32) *line {
 	}
 	load := &expr.Meta{Key: k, Register: reg}
 	if len(ids) == 1 {
-		return l.add(fmt.Sprintf("meta %s %d", key, ids[0]), load, cmp("==", u32(ids[0])))
+		return l.add(say("meta %s %d", key, ids[0]), load, cmp("==", u32(ids[0])))
 	}
 	s := t.set(idSet(key+"s", typ, ids))
-	return l.add(fmt.Sprintf("meta %s @%s", key, s.name), load, lookup(s, "=="))
+	return l.add(say("meta %s @%s", key, s.name), load, lookup(s, "=="))
 }
 
 func addrOffset(a netip.Addr, field string) (offset, size uint32) {
@@ -144,11 +169,11 @@ func loadAddr(a netip.Addr, field string) (string, *expr.Payload) {
 func (l *line) addr(field, op string, n netip.Prefix) *line {
 	name, load := loadAddr(n.Addr(), field)
 	if n.IsSingleIP() {
-		return l.add(fmt.Sprintf("%s %s%s", name, sign(op), n.Addr()), load, cmp(op, n.Addr().AsSlice()))
+		return l.add(say("%s %s%s", name, sign(op), n.Addr()), load, cmp(op, n.Addr().AsSlice()))
 	}
 	size := load.Len
 	mask := prefixMask(n.Bits(), int(size))
-	return l.add(fmt.Sprintf("%s %s%s", name, sign(op), n), load,
+	return l.add(say("%s %s%s", name, sign(op), n), load,
 		&expr.Bitwise{SourceRegister: reg, DestRegister: reg, Len: size, Mask: mask, Xor: make([]byte, size)},
 		cmp(op, n.Addr().AsSlice()))
 }
@@ -168,7 +193,7 @@ func (l *line) masked(field, op string, bits int, s *nftSet) *line {
 		name += " & " + m.String()
 		exprs = append(exprs, &expr.Bitwise{SourceRegister: reg, DestRegister: reg, Len: uint32(size), Mask: mask, Xor: make([]byte, size)})
 	}
-	return l.add(fmt.Sprintf("%s %s@%s", name, is, s.name), append(exprs, lookup(s, op))...)
+	return l.add(say("%s %s@%s", name, is, s.name), append(exprs, lookup(s, op))...)
 }
 
 func prefixMask(bits, size int) []byte {
@@ -194,7 +219,7 @@ func loadPort(proto redirect.Proto, field string) (string, *expr.Payload) {
 // tcp sport 8901
 func (l *line) port(proto redirect.Proto, field, op string, port uint16) *line {
 	name, load := loadPort(proto, field)
-	return l.add(fmt.Sprintf("%s %s%d", name, sign(op), port), load, cmp(op, be16(port)))
+	return l.add(say("%s %s%d", name, sign(op), port), load, cmp(op, be16(port)))
 }
 
 // fib daddr type local
@@ -206,7 +231,7 @@ func (l *line) fib(field string, is redirect.Locality) *line {
 	if is == redirect.NotLocal {
 		op = "!="
 	}
-	return l.add(fmt.Sprintf("fib %s type %slocal", field, sign(op)),
+	return l.add(say("fib %s type %slocal", field, sign(op)),
 		&expr.Fib{Register: reg, ResultADDRTYPE: true, FlagSADDR: field == "saddr", FlagDADDR: field == "daddr"},
 		cmp(op, u32(unix.RTN_LOCAL)))
 }
@@ -223,7 +248,7 @@ func (l *line) ctDirection(dir byte) *line {
 	if dir == directionReply {
 		name = "reply"
 	}
-	return l.add("ct direction "+name, &expr.Ct{Register: reg, Key: expr.CtKeyDIRECTION}, cmp("==", []byte{dir}))
+	return l.add(say("ct direction %s", name), &expr.Ct{Register: reg, Key: expr.CtKeyDIRECTION}, cmp("==", []byte{dir}))
 }
 
 func hasBit(bit uint32) []expr.Any {
@@ -239,46 +264,46 @@ func setBit(bit uint32) expr.Any {
 
 // ct state new
 func (l *line) ctNew() *line {
-	return l.add("ct state new", append([]expr.Any{&expr.Ct{Register: reg, Key: expr.CtKeySTATE}}, hasBit(expr.CtStateBitNEW)...)...)
+	return l.add(say("ct state new"), append([]expr.Any{&expr.Ct{Register: reg, Key: expr.CtKeySTATE}}, hasBit(expr.CtStateBitNEW)...)...)
 }
 
 // ct mark & 0x2000000 != 0
 func (l *line) ctMark(bit uint32) *line {
-	return l.add(fmt.Sprintf("ct mark & 0x%08x != 0x00000000", bit), append([]expr.Any{&expr.Ct{Register: reg, Key: expr.CtKeyMARK}}, hasBit(bit)...)...)
+	return l.add(say("ct mark & 0x%08x != 0x00000000", bit), append([]expr.Any{&expr.Ct{Register: reg, Key: expr.CtKeyMARK}}, hasBit(bit)...)...)
 }
 
 // meta mark & 0x1000000 != 0
 func (l *line) mark(bit uint32) *line {
-	return l.add(fmt.Sprintf("meta mark & 0x%08x != 0x00000000", bit), append([]expr.Any{&expr.Meta{Key: expr.MetaKeyMARK, Register: reg}}, hasBit(bit)...)...)
+	return l.add(say("meta mark & 0x%08x != 0x00000000", bit), append([]expr.Any{&expr.Meta{Key: expr.MetaKeyMARK, Register: reg}}, hasBit(bit)...)...)
 }
 
 // ct mark set ct mark | 0x2000000
 func (l *line) ctMarkSet(bit uint32) *line {
-	return l.counter().add(fmt.Sprintf("ct mark set ct mark | 0x%08x", bit),
+	return l.counter().add(say("ct mark set ct mark | 0x%08x", bit),
 		&expr.Ct{Register: reg, Key: expr.CtKeyMARK}, setBit(bit), &expr.Ct{Register: reg, Key: expr.CtKeyMARK, SourceRegister: true})
 }
 
 // meta mark set meta mark | 0x1000000
 func (l *line) markSet(bit uint32) *line {
-	return l.add(fmt.Sprintf("meta mark set meta mark | 0x%08x", bit),
+	return l.add(say("meta mark set meta mark | 0x%08x", bit),
 		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg}, setBit(bit), &expr.Meta{Key: expr.MetaKeyMARK, Register: reg, SourceRegister: true})
 }
 
 // ct status dnat
 func (l *line) ctDNAT() *line {
 	const dstNAT = 1 << 5 // IPS_DST_NAT
-	return l.add("ct status dnat", append([]expr.Any{&expr.Ct{Register: reg, Key: expr.CtKeySTATUS}}, hasBit(dstNAT)...)...)
+	return l.add(say("ct status dnat"), append([]expr.Any{&expr.Ct{Register: reg, Key: expr.CtKeySTATUS}}, hasBit(dstNAT)...)...)
 }
 
 // ct zone 28786
 func (l *line) ctZone() *line {
-	return l.add(fmt.Sprintf("ct zone %d", routeID),
+	return l.add(say("ct zone %d", routeID),
 		&expr.Ct{Register: reg, Key: expr.CtKeyZONE}, cmp("==", binaryutil.NativeEndian.PutUint16(routeID)))
 }
 
 // ct zone set 28786 accept
 func (l *line) ctZoneSet() *line {
-	l.add(fmt.Sprintf("ct zone set %d", routeID),
+	l.add(say("ct zone set %d", routeID),
 		&expr.Immediate{Register: reg, Data: binaryutil.NativeEndian.PutUint16(routeID)},
 		&expr.Ct{Register: reg, Key: expr.CtKeyZONE, SourceRegister: true})
 	return l.verdict(expr.VerdictAccept, "")
@@ -287,23 +312,29 @@ func (l *line) ctZoneSet() *line {
 // tcp flags syn / fin,syn,rst,ack
 func (l *line) syn() *line {
 	const fin, syn, rst, ack = 0x01, 0x02, 0x04, 0x10 // RFC 9293, 3.1
-	return l.add("tcp flags syn / fin,syn,rst,ack",
+	return l.add(say("tcp flags syn / fin,syn,rst,ack"),
 		&expr.Payload{DestRegister: reg, Base: expr.PayloadBaseTransportHeader, Offset: 13, Len: 1},
 		&expr.Bitwise{SourceRegister: reg, DestRegister: reg, Len: 1, Mask: []byte{fin | syn | rst | ack}, Xor: []byte{0}},
 		cmp("==", []byte{syn}))
 }
 
-func (l *line) counter() *line { return l.add("counter packets 0 bytes 0", &expr.Counter{}) }
+func (l *line) counter() *line { return l.add(say("counter packets 0 bytes 0"), &expr.Counter{}) }
 
 // counter packets 0 bytes 0 accept
 func (l *line) verdict(kind expr.VerdictKind, chain string) *line {
-	names := map[expr.VerdictKind]string{expr.VerdictAccept: "accept", expr.VerdictDrop: "drop", expr.VerdictJump: "jump " + chain}
-	return l.counter().add(names[kind], &expr.Verdict{Kind: kind, Chain: chain})
+	text := say("accept")
+	switch kind {
+	case expr.VerdictDrop:
+		text = say("drop")
+	case expr.VerdictJump:
+		text = say("jump %s", chain)
+	}
+	return l.counter().add(text, &expr.Verdict{Kind: kind, Chain: chain})
 }
 
 // counter packets 0 bytes 0 redirect to :8900
 func (l *line) redirect(port uint16) *line {
-	return l.counter().add(fmt.Sprintf("redirect to :%d", port),
+	return l.counter().add(say("redirect to :%d", port),
 		&expr.Immediate{Register: reg, Data: be16(port)},
 		&expr.Redir{RegisterProtoMin: reg, RegisterProtoMax: reg, Flags: unix.NF_NAT_RANGE_PROTO_SPECIFIED})
 }
@@ -313,7 +344,7 @@ func (l *line) redirect(port uint16) *line {
 // Without a listener the expression breaks off the rule, and the next one is
 // tried: what stands behind must not let a new connection pass.
 func (l *line) tproxy(port uint16) *line {
-	l.add(fmt.Sprintf("tproxy to :%d", port),
+	l.add(say("tproxy to :%d", port),
 		&expr.Immediate{Register: reg, Data: be16(port)},
 		&expr.TProxy{Family: unix.NFPROTO_UNSPEC, TableFamily: unix.NFPROTO_INET, RegPort: reg})
 	return l.verdict(expr.VerdictAccept, "")
@@ -328,7 +359,7 @@ func (l *line) snat(a netip.Addr) *line {
 	if a.Is6() {
 		fam, family = "ip6", unix.NFPROTO_IPV6
 	}
-	return l.counter().add(fmt.Sprintf("snat %s to %s fully-random", fam, a),
+	return l.counter().add(say("snat %s to %s fully-random", fam, a),
 		&expr.Immediate{Register: reg, Data: a.AsSlice()},
 		&expr.NAT{Type: expr.NATTypeSourceNAT, Family: family, RegAddrMin: reg, FullyRandom: true})
 }

@@ -196,7 +196,7 @@ func netTests(t *nftTable, field, op string, nets redirect.Nets, set string) []*
 	if len(few) > 0 {
 		s := t.set(netSet(set, few))
 		name, load := loadAddr(few[0].Addr(), field)
-		tests = append(tests, (&line{}).add(fmt.Sprintf("%s %s@%s", name, sign(op), s.name), load, lookup(s, op)))
+		tests = append(tests, (&line{}).add(say("%s %s@%s", name, sign(op), s.name), load, lookup(s, op)))
 	}
 	return anyOrAll(op, tests)
 }
@@ -237,7 +237,7 @@ func portTests(t *nftTable, proto, protos redirect.Proto, op string, ports redir
 	var tests []*line
 	if len(single) > 0 {
 		s := t.set(portHash(set, protos, single))
-		tests = append(tests, (&line{}).add(fmt.Sprintf("meta l4proto . th dport %s@%s", sign(op), s.name),
+		tests = append(tests, (&line{}).add(say("meta l4proto . th dport %s@%s", sign(op), s.name),
 			&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg},
 			&expr.Payload{DestRegister: unix.NFT_REG32_01, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
 			lookup(s, op)))
@@ -245,7 +245,7 @@ func portTests(t *nftTable, proto, protos redirect.Proto, op string, ports redir
 	if len(ranges) > 0 {
 		s := t.set(portRangeSet(set, ranges))
 		name, load := loadPort(proto, "dport")
-		tests = append(tests, (&line{}).add(fmt.Sprintf("%s %s@%s", name, sign(op), s.name), load, lookup(s, op)))
+		tests = append(tests, (&line{}).add(say("%s %s@%s", name, sign(op), s.name), load, lookup(s, op)))
 	}
 	return anyOrAll(op, tests)
 }
