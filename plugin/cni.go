@@ -6,12 +6,9 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
-	"strings"
 	"time"
 
-	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
-	cniversion "github.com/containernetworking/cni/pkg/version"
 	"github.com/preroute/preroute/plugin/backend"
 	"github.com/preroute/preroute/plugin/redirect"
 	"golang.org/x/sys/unix"
@@ -23,48 +20,16 @@ const (
 	errApply         = 101 // ADD: the kernel refused, or lacks something
 )
 
-func versions() cniversion.PluginInfo {
-	return cniversion.PluginSupports("0.3.1", "0.4.0", "1.0.0", "1.1.0")
-}
-
-func specVersions() string { return strings.Join(versions().SupportedVersions(), ", ") }
-
-func runCNI() int {
-	// skel would open the pod's network namespace and its own after ADD and DEL
-	// have run: for pods without a policy nothing is to be opened, for the others
-	// openNetNS has refused the host's before anything was changed.
-	os.Setenv("CNI_NETNS_OVERRIDE", "1")
-	err := skel.PluginMainFuncsWithError(skel.CNIFuncs{
-		Add:    add,
-		Check:  check,
-		Del:    del,
-		GC:     func(*skel.CmdArgs) error { return nil }, // the rules die with the namespace: nothing is kept elsewhere
-		Status: func(*skel.CmdArgs) error { return nil }, // an error would make the node NotReady for every pod
-	}, versions(), "")
-	if err == nil {
-		return exitOK
-	}
-	if printErr := err.Print(); printErr != nil {
-		slog.Error("writing the CNI error to stdout", "error", printErr)
-	}
-	return exitFailed
-}
-
 // add is the CNI verb ADD.
-func add(args *skel.CmdArgs) error {
+func add(c *call) error {
 	start := time.Now()
-	c, err := parseConfig(args.StdinData)
-	if err != nil {
-		return types.NewError(types.ErrDecodingFailure, err.Error(), "")
-	}
-	pod := podOf(args)
-	p, err := c.policy(pod)
+	p, err := c.policy(c.pod)
 	if err == nil && p == nil {
 		return c.passOn()
 	}
-	r := &report{podArgs: pod, Command: "ADD", Time: start.UTC()}
+	r := &report{podArgs: c.pod, Command: "ADD", Time: start.UTC()}
 	if err == nil {
-		err = c.apply(args.Netns, p, r)
+		err = c.apply(c.netns, p, r)
 	}
 	cniErr := asCNIError(err)
 	if cniErr == nil {
@@ -77,12 +42,6 @@ func add(args *skel.CmdArgs) error {
 		return cniErr
 	}
 	return nil
-}
-
-func podOf(args *skel.CmdArgs) podArgs {
-	pod := parsePodArgs(args.Args)
-	pod.ContainerID, pod.NetNS, pod.IfName = args.ContainerID, args.Netns, args.IfName
-	return pod
 }
 
 func (c *config) apply(path string, p *redirect.Policy, r *report) error {
@@ -121,21 +80,14 @@ func (r *report) finish(err *types.Error) {
 }
 
 // check is the CNI verb CHECK.
-func check(args *skel.CmdArgs) error {
-	c, err := parseConfig(args.StdinData)
-	if err != nil {
-		return types.NewError(types.ErrDecodingFailure, err.Error(), "")
+func check(c *call) error {
+	p, err := c.policy(c.pod)
+	if err != nil || p == nil {
+		return err
 	}
-	p, err := c.policy(podOf(args))
+	ns, b, err := c.open(c.netns)
 	if err != nil {
-		return asCNIError(err)
-	}
-	if p == nil {
-		return nil
-	}
-	ns, b, err := c.open(args.Netns)
-	if err != nil {
-		return asCNIError(err)
+		return err
 	}
 	defer unix.Close(ns)
 	if err := b.Check(ns, p); err != nil {
@@ -146,24 +98,20 @@ func check(args *skel.CmdArgs) error {
 
 // del is the CNI verb DEL. It never fails: what cannot be removed dies with
 // the network namespace.
-func del(args *skel.CmdArgs) error {
-	c, err := parseConfig(args.StdinData)
-	if err != nil {
-		return nil
-	}
+func del(c *call) error {
 	c.NodeSocket = "" // what it would say makes no difference any more
-	p, err := c.policy(podOf(args))
-	if err != nil || p == nil || args.Netns == "" {
+	p, err := c.policy(c.pod)
+	if err != nil || p == nil || c.netns == "" {
 		return nil
 	}
-	ns, b, err := c.open(args.Netns)
+	ns, b, err := c.open(c.netns)
 	if err != nil {
-		c.log().Debug("DEL: nothing to remove", "netns", args.Netns, "error", err)
+		c.log().Debug("DEL: nothing to remove", "netns", c.netns, "error", err)
 		return nil
 	}
 	defer unix.Close(ns)
 	if err := b.Remove(ns); err != nil {
-		c.log().Warn("DEL: rules stay until the network namespace goes", "netns", args.Netns, "error", err)
+		c.log().Warn("DEL: rules stay until the network namespace goes", "netns", c.netns, "error", err)
 	}
 	return nil
 }
@@ -196,10 +144,7 @@ func (c *config) passOn() error {
 			return err
 		}
 	}
-	if _, err := os.Stdout.Write(append(result, '\n')); err != nil {
-		return types.NewError(types.ErrIOFailure, fmt.Sprintf("writing the result to stdout: %v", err), "")
-	}
-	return nil
+	return printResult(result)
 }
 
 // asCNIError gives every error its code. What is wrong in a policy is 7,

@@ -13,6 +13,7 @@ import (
 	"io"
 	"os"
 	"runtime/debug"
+	"strings"
 
 	"github.com/preroute/preroute/plugin/netfilter"
 )
@@ -77,7 +78,7 @@ Else:
   preroute version
 
 "preroute COMMAND -h" lists the flags of a command.
-`, version, specVersions(), exitNotBefore)
+`, version, strings.Join(specVersions, ", "), exitNotBefore)
 }
 
 // fail prints an error of a command and returns the exit code for it.

@@ -98,16 +98,23 @@ func (m *message) align() {
 	}
 }
 
-func (m *message) str(typ uint16, s string)  { m.attr(typ, append([]byte(s), 0)) }
-func (m *message) u32(typ uint16, n uint32)  { m.attr(typ, binary.BigEndian.AppendUint32(nil, n)) }
-func (m *message) nest(typ uint16, f func()) { m.nestAt(typ|unix.NLA_F_NESTED, f) }
+func (m *message) str(typ uint16, s string) { m.attr(typ, append([]byte(s), 0)) }
+func (m *message) u32(typ uint16, n uint32) { m.attr(typ, binary.BigEndian.AppendUint32(nil, n)) }
 
-func (m *message) nestAt(typ uint16, f func()) {
-	at := len(m.b)
-	m.attr(typ, nil)
+// nest appends an attribute that holds those which f appends.
+func (m *message) nest(typ uint16, f func()) {
+	at := m.open(typ)
 	f()
-	binary.NativeEndian.PutUint16(m.b[at:], uint16(len(m.b)-at))
+	m.shut(at)
 }
+
+func (m *message) open(typ uint16) (at int) {
+	at = len(m.b)
+	m.attr(typ|unix.NLA_F_NESTED, nil)
+	return at
+}
+
+func (m *message) shut(at int) { binary.NativeEndian.PutUint16(m.b[at:], uint16(len(m.b)-at)) }
 
 // A batch is a transaction: all of its messages or none.
 type batch struct {

@@ -1,6 +1,7 @@
 package netfilter
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"slices"
@@ -174,9 +175,11 @@ const (
 // write sends the whole table as one transaction.
 func (c *nftConn) write(want *nftTable, mode writeMode) error {
 	b := c.newBatch()
+	elems := 0
 	for _, s := range want.sets {
-		b.b = slices.Grow(b.b, len(s.elems)*elemSize)
+		elems += len(s.elems)
 	}
+	b.b = slices.Grow(b.b, elems*elemSize)
 	if mode == replace {
 		b.table(unix.NFT_MSG_NEWTABLE, unix.NLM_F_CREATE) // so that there is one to delete
 		b.table(unix.NFT_MSG_DELTABLE, 0)
@@ -236,18 +239,27 @@ func (b *batch) set(s *nftSet, id uint32) {
 			b.str(unix.NFTA_SET_ELEM_LIST_SET, s.name)
 			b.nest(unix.NFTA_SET_ELEM_LIST_ELEMENTS, func() {
 				for i := at; i < min(at+chunk, len(s.elems)); i++ {
-					e := &s.elems[i]
-					b.nest(unix.NFTA_LIST_ELEM, func() {
-						if e.end {
-							b.u32(unix.NFTA_SET_ELEM_FLAGS, unix.NFT_SET_ELEM_INTERVAL_END)
-						}
-						b.nest(unix.NFTA_SET_ELEM_KEY, func() { b.attr(unix.NFTA_DATA_VALUE, s.bytes(e)) })
-					})
+					b.elem(s, &s.elems[i])
 				}
 			})
 		})
 	}
 }
+
+// elem appends one element, nest by nest without the closures: there may be
+// thousands.
+func (b *batch) elem(s *nftSet, e *elem) {
+	el := b.open(unix.NFTA_LIST_ELEM)
+	if e.end {
+		b.attr(unix.NFTA_SET_ELEM_FLAGS, intervalEnd)
+	}
+	key := b.open(unix.NFTA_SET_ELEM_KEY)
+	b.attr(unix.NFTA_DATA_VALUE, s.bytes(e))
+	b.shut(key)
+	b.shut(el)
+}
+
+var intervalEnd = binary.BigEndian.AppendUint32(nil, unix.NFT_SET_ELEM_INTERVAL_END)
 
 func (b *batch) chain(ch *nftChain) {
 	b.nft(unix.NFT_MSG_NEWCHAIN, unix.NLM_F_CREATE, say("chain %s", ch.name), func() {

@@ -32,6 +32,18 @@ type elem struct {
 
 func (s *nftSet) bytes(e *elem) []byte { return e.key[:s.key.Bytes] }
 
+// addAddr spares the copy that a slice of the address would be.
+func (s *nftSet) addAddr(a netip.Addr, end bool) {
+	e := elem{end: end}
+	if a.Is4() {
+		four := a.As4()
+		copy(e.key[:], four[:])
+	} else {
+		e.key = a.As16()
+	}
+	s.elems = append(s.elems, e)
+}
+
 func (s *nftSet) add(key []byte, end bool) {
 	e := elem{end: end}
 	copy(e.key[:], key)
@@ -134,9 +146,9 @@ func netSet(name string, nets redirect.Nets) *nftSet {
 	s := addrSet(name, nets[0].Addr())
 	s.interval, s.elems = true, make([]elem, 0, 2*len(nets))
 	for _, n := range nets {
-		s.add(n.Addr().AsSlice(), false)
+		s.addAddr(n.Addr(), false)
 		if end := lastAddr(n).Next(); end.IsValid() {
-			s.add(end.AsSlice(), true)
+			s.addAddr(end, true)
 		}
 	}
 	s.text = func() []string {
@@ -155,7 +167,7 @@ func netHash(name string, nets redirect.Nets) *nftSet {
 	s := addrSet(name, nets[0].Addr())
 	s.name, s.elems = fmt.Sprintf("%s_%d", s.name, nets[0].Bits()), make([]elem, 0, len(nets))
 	for _, n := range nets {
-		s.add(n.Addr().AsSlice(), false)
+		s.addAddr(n.Addr(), false)
 	}
 	s.text = func() []string { return texts(nets, func(n netip.Prefix) string { return n.Addr().String() }) }
 	return s
@@ -180,18 +192,28 @@ func netTests(t *nftTable, field, op string, nets redirect.Nets, set string) []*
 	if len(nets) == 1 && nets[0].Bits() > 0 {
 		return []*line{(&line{}).addr(field, op, nets[0])}
 	}
-	bySize := map[int]redirect.Nets{}
+	var count [129]int // by size
 	for _, n := range nets {
-		bySize[n.Bits()] = append(bySize[n.Bits()], n)
+		count[n.Bits()]++
 	}
 	var tests []*line
 	var few redirect.Nets
 	for _, n := range nets {
-		if many := bySize[n.Bits()]; len(many) < hashFrom {
+		if count[n.Bits()] < hashFrom {
 			few = append(few, n)
-		} else if many[0] == n {
-			tests = append(tests, (&line{}).masked(field, op, n.Bits(), t.set(netHash(set, many))))
 		}
+	}
+	for bits, n := range count {
+		if n < hashFrom {
+			continue
+		}
+		many := make(redirect.Nets, 0, n)
+		for _, n := range nets {
+			if n.Bits() == bits {
+				many = append(many, n)
+			}
+		}
+		tests = append(tests, (&line{}).masked(field, op, bits, t.set(netHash(set, many))))
 	}
 	if len(few) > 0 {
 		s := t.set(netSet(set, few))

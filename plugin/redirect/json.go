@@ -79,6 +79,9 @@ func (r *reader) value(depth int) (n node, err error) {
 		n.value, err = r.str()
 		return n, err
 	case '{', '[':
+		if list, _, flat := strings.Cut(r.text[r.at:], "]"); flat && n.kind == '[' {
+			n.kids = make([]node, 0, 1+strings.Count(list, ","))
+		}
 		for r.at++; r.peek() != n.kind+2; { // '{'+2 is '}', '['+2 is ']'
 			var name string
 			if n.kind == '{' {

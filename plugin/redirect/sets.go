@@ -78,9 +78,13 @@ func ParseCIDR(s string) (netip.Prefix, error) {
 }
 
 func normalNets(ns Nets) Nets {
-	slices.SortFunc(ns, func(a, b netip.Prefix) int {
-		return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits()))
-	})
+	order := func(a, b netip.Prefix) int {
+		if c := a.Addr().Compare(b.Addr()); c != 0 {
+			return c
+		}
+		return cmp.Compare(a.Bits(), b.Bits())
+	}
+	slices.SortFunc(ns, order)
 	out := ns[:0]
 	for _, n := range ns {
 		// Sorted by address, then wider first: what contains n is the last one kept.
