@@ -88,7 +88,7 @@ func (t *IPTables) Check(ns int, p *redirect.Policy) error {
 		if d := have.difference(f, p); d != nil {
 			return d
 		}
-		return CheckRoutes(ns, p)
+		return checkRoutes(ns, p)
 	})
 }
 

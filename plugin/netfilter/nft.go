@@ -61,7 +61,7 @@ func (n NFT) Apply(ns int, p *redirect.Policy) (changed bool, err error) {
 		return false, err
 	}
 	// An earlier policy's table is there, perhaps this one's.
-	if c.check(want) == nil && CheckRoutes(ns, p) == nil {
+	if c.check(want) == nil && checkRoutes(ns, p) == nil {
 		return false, nil
 	}
 	if err := c.write(want, replace); err != nil {
@@ -87,7 +87,7 @@ func (n NFT) Check(ns int, p *redirect.Policy) error {
 	if err := c.check(compileNFT(p)); err != nil {
 		return err
 	}
-	return CheckRoutes(ns, p)
+	return checkRoutes(ns, p)
 }
 
 // Remove takes the table and what belongs to it out of the namespace.

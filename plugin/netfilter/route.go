@@ -47,9 +47,6 @@ func needsOf(p *redirect.Policy) routeNeeds {
 	}
 }
 
-// NeedsRoutes reports whether policy p needs routes or addresses beside its rules.
-func NeedsRoutes(p *redirect.Policy) bool { return needsOf(p) != routeNeeds{} }
-
 // One thing that is there or not: a rule, a route, an address.
 type item struct {
 	what   string // as ip(8) writes it
@@ -177,7 +174,7 @@ func routeHandle(ns int) (*netlink.Handle, error) {
 // takes away what this call made.
 func addRoutes(ns int, p *redirect.Policy) (changed bool, undo func(), err error) {
 	undo = func() {}
-	if !NeedsRoutes(p) {
+	if needsOf(p) == (routeNeeds{}) {
 		return false, undo, nil
 	}
 	h, err := routeHandle(ns)
@@ -259,24 +256,9 @@ func strayRoutes(ns int, p *redirect.Policy) (stray bool) {
 	return stray || err != nil
 }
 
-// RemoveRoutes takes away all routes, rules and addresses of ours.
-func RemoveRoutes(ns int) error {
-	_, err := removeUnneeded(ns, &redirect.Policy{})
-	return err
-}
-
-// ApplyRoutes leaves exactly the routes, rules and addresses that policy p needs.
-func ApplyRoutes(ns int, p *redirect.Policy) error {
-	if _, _, err := addRoutes(ns, p); err != nil {
-		return err
-	}
-	_, err := removeUnneeded(ns, p)
-	return err
-}
-
-// CheckRoutes returns nil, or a *Difference for the first route, rule or
+// checkRoutes returns nil, or a *Difference for the first route, rule or
 // address that policy p needs and the namespace lacks, or has and should not.
-func CheckRoutes(ns int, p *redirect.Policy) error {
+func checkRoutes(ns int, p *redirect.Policy) error {
 	h, err := routeHandle(ns)
 	if err != nil {
 		return err
