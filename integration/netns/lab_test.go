@@ -55,6 +55,10 @@ func TestMain(m *testing.M) {
 	if os.Getenv(agentVariable) != "" {
 		os.Exit(agentMain(os.Stdin, os.Stdout))
 	}
+	if os.Getenv(noNFTVariable) != "" {
+		fmt.Fprintln(os.Stderr, "integration/netns:", withoutNFTables(os.Args[1:]))
+		os.Exit(1)
+	}
 	code, err := runTests(m)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "integration/netns:", err)
