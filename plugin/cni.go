@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/containernetworking/cni/pkg/types"
@@ -31,17 +33,11 @@ func add(c *call) error {
 	if err == nil {
 		err = c.apply(c.netns, p, r)
 	}
-	cniErr := asCNIError(err)
-	if cniErr == nil {
-		if err := c.passOn(); err != nil {
-			return err
-		}
+	if err == nil {
+		err = c.passOn()
 	}
-	r.finish(cniErr)
-	if cniErr != nil {
-		return cniErr
-	}
-	return nil
+	r.finish(asCNIError(err))
+	return err
 }
 
 func (c *config) apply(path string, p *redirect.Policy, r *report) error {
@@ -60,11 +56,11 @@ func (c *config) apply(path string, p *redirect.Policy, r *report) error {
 }
 
 func (c *config) open(path string) (ns int, b *backend.Choice, err error) {
-	if err := c.validate(); err != nil {
-		return 0, nil, types.NewError(types.ErrInvalidNetworkConfig, err.Error(), "")
+	if w := c.wrongType; w != nil && !strings.HasPrefix(w.Field, "runtimeConfig") {
+		return 0, nil, &policyError{configSource, fmt.Errorf("%s: a %s: want a value of type %s", w.Field, w.Value, w.Type)}
 	}
 	if b, err = backend.Choose(c.Backend); err != nil {
-		return 0, nil, err
+		return 0, nil, &policyError{configSource, err}
 	}
 	ns, err = openNetNS(path)
 	return ns, b, err
@@ -119,32 +115,17 @@ func del(c *call) error {
 // passOn prints prevResult as it came: what is in it is other plugins' business.
 // One without a version, which the next reader would take for 0.1.0, gets it.
 func (c *config) passOn() error {
-	result := c.PrevResult
-	var v struct {
-		CNIVersion string `json:"cniVersion"`
-	}
-	if hasValue(result) {
-		if err := json.Unmarshal(result, &v); err != nil {
+	fields := map[string]json.RawMessage{}
+	if hasValue(c.PrevResult) {
+		if err := json.Unmarshal(c.PrevResult, &fields); err != nil {
 			return types.NewError(types.ErrDecodingFailure, fmt.Sprintf("prevResult: %v", err), "")
 		}
 	}
-	if v.CNIVersion == "" {
-		fields := map[string]json.RawMessage{}
-		if hasValue(result) {
-			if err := json.Unmarshal(result, &fields); err != nil {
-				return types.NewError(types.ErrDecodingFailure, fmt.Sprintf("prevResult: %v", err), "")
-			}
-		}
-		version, err := json.Marshal(c.CNIVersion)
-		if err != nil {
-			return err
-		}
-		fields["cniVersion"] = version
-		if result, err = json.Marshal(fields); err != nil {
-			return err
-		}
+	if v := fields["cniVersion"]; hasValue(v) && string(v) != `""` {
+		return printResult(c.PrevResult)
 	}
-	return printResult(result)
+	fields["cniVersion"] = json.RawMessage(strconv.Quote(c.CNIVersion)) // one of specVersions
+	return printJSON(fields)
 }
 
 // asCNIError gives every error its code. What is wrong in a policy is 7,

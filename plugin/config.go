@@ -5,9 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
 
-	"github.com/preroute/preroute/plugin/backend"
 	"github.com/preroute/preroute/plugin/netfilter"
 	"github.com/preroute/preroute/plugin/redirect"
 )
@@ -38,6 +36,9 @@ type config struct {
 
 	wrongType *json.UnmarshalTypeError // the first key of a wrong type, kept for pods that have a policy
 }
+
+// configSource is how errors call the configuration.
+const configSource = "network configuration"
 
 // defaultExcluded are the namespaces whose pods start also while the node's
 // socket does not answer: without them the cluster could not heal it.
@@ -84,16 +85,6 @@ func soundAnnotations(stdin []byte) map[string]string {
 	return out
 }
 
-func (c *config) validate() error {
-	if w := c.wrongType; w != nil && !strings.HasPrefix(w.Field, "runtimeConfig") {
-		return fmt.Errorf("network configuration: %s: a %s: want a value of type %s", w.Field, w.Value, w.Type)
-	}
-	if c.Backend != "" && !slices.Contains(backend.Names, c.Backend) {
-		return fmt.Errorf("network configuration: backend: %q: want one of %s", c.Backend, strings.Join(backend.Names, ", "))
-	}
-	return nil
-}
-
 // policy says what the pod asks for: the annotation, else the configuration's
 // policy, else what the node's socket answers. nil means that the pod has none,
 // and then nothing has been opened but the socket, where one is configured.
@@ -101,7 +92,7 @@ func (c *config) policy(pod podArgs) (*redirect.Policy, error) {
 	source := policyAnnotation
 	text, has := c.RuntimeConfig.Annotations[policyAnnotation]
 	if !has && hasValue(c.Policy) {
-		source, text, has = "network configuration: policy", string(c.Policy), true
+		source, text, has = configSource+": policy", string(c.Policy), true
 	}
 	if path, ok := c.RuntimeConfig.Annotations[pathAnnotation]; ok {
 		switch path {

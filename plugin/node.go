@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"strings"
 	"time"
@@ -82,11 +83,11 @@ func exchange(socket string, pod podArgs) (*nodeAnswer, error) {
 		return nil, err
 	}
 	const most = 1 << 20 // above the 256 KiB that Kubernetes allows all annotations of an object
-	line, err := bufio.NewReaderSize(conn, 4096).ReadBytes('\n')
+	line, err := bufio.NewReader(io.LimitReader(conn, most)).ReadBytes('\n')
 	if len(line) == 0 && err != nil {
 		return nil, fmt.Errorf("no answer: %w", err)
 	}
-	if len(line) > most {
+	if len(line) == most {
 		return nil, errors.New("the answer is too long")
 	}
 	var answer nodeAnswer

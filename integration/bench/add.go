@@ -26,22 +26,11 @@ func benchAdd(ctx context.Context, c *contenders, g *goals, scale int) error {
 	rounds := 10 * scale
 	walls := map[*contender][]time.Duration{}
 	cpus := map[*contender][]time.Duration{}
-	// Every ADD has a pod of its own. All are made before and deleted after: the
-	// kernel deletes namespaces at leisure, in the way of whatever runs then.
-	pods := make([]*sandbox.Netns, rounds*len(list))
-	defer func() {
-		for _, n := range pods {
-			if n != nil {
-				n.Close()
-			}
-		}
-	}()
-	for i := range pods {
-		var err error
-		if pods[i], err = sandbox.New(); err != nil {
-			return err
-		}
+	pods, closePods, err := sandbox.Several(rounds*len(list), sandbox.New) // every ADD has a pod of its own
+	if err != nil {
+		return err
 	}
+	defer closePods()
 	for round := range rounds {
 		for i, turn := range rand.Perm(len(list)) { // none always has the same neighbour
 			if err := ctx.Err(); err != nil {

@@ -21,22 +21,11 @@ func timing(ctx context.Context, t *term, rt *runtime, bin, backend string, runs
 		{"a pod without a policy", preroute, ""},
 		{"the pod above", preroute, demoPolicy},
 	}
-	// All namespaces are made before and deleted after: the kernel deletes them
-	// at leisure, in the way of whatever runs then.
-	pods := make([]*sandbox.Netns, runs*len(kinds))
-	defer func() {
-		for _, n := range pods {
-			if n != nil {
-				n.Close()
-			}
-		}
-	}()
-	for i := range pods {
-		var err error
-		if pods[i], err = newNetns(); err != nil {
-			return err
-		}
+	pods, closePods, err := sandbox.Several(runs*len(kinds), newNetns)
+	if err != nil {
+		return err
 	}
+	defer closePods()
 	walls, used := make([][]time.Duration, len(kinds)), 0
 	for range runs {
 		for _, i := range rand.Perm(len(kinds)) { // none always has the same neighbour

@@ -120,6 +120,21 @@ func atOnce(n int, f func(int) outcome) []outcome {
 	return out
 }
 
+// accept hands each connection to serve, until the listener is closed.
+func (s *servers) accept(who string, l net.Listener, serve func(*net.TCPConn)) {
+	s.add(who, l)
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return // closed
+			}
+			s.took(who)
+			go serve(c.(*net.TCPConn))
+		}
+	}()
+}
+
 func (s *servers) listen(r request) error {
 	lc := net.ListenConfig{Control: socketOptions(r)}
 	lc.SetMultipathTCP(false) // a sidecar's sockets are plain TCP
@@ -127,17 +142,7 @@ func (s *servers) listen(r request) error {
 	if err != nil {
 		return err
 	}
-	s.add(r.Who, l)
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return // closed
-			}
-			s.took(r.Who)
-			go handle(r, c.(*net.TCPConn))
-		}
-	}()
+	s.accept(r.Who, l, func(c *net.TCPConn) { handle(r, c) })
 	return nil
 }
 

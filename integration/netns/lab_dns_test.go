@@ -27,24 +27,14 @@ func (s *servers) serveDNS(r request) error {
 		if err != nil {
 			return err
 		}
-		s.add(r.Who, l)
-		go func() {
-			for {
-				c, err := l.Accept()
-				if err != nil {
-					return // closed
-				}
-				s.took(r.Who)
-				go func() {
-					defer c.Close()
-					c.SetDeadline(time.Now().Add(patience))
-					conn := &dns.Conn{Conn: c}
-					if q, err := conn.ReadMsg(); err == nil {
-						conn.WriteMsg(s.describe(r, q, view{r.Who, c.RemoteAddr().String(), c.LocalAddr().String(), originalDst(c.(*net.TCPConn))}))
-					}
-				}()
+		s.accept(r.Who, l, func(c *net.TCPConn) {
+			defer c.Close()
+			c.SetDeadline(time.Now().Add(patience))
+			conn := &dns.Conn{Conn: c}
+			if q, err := conn.ReadMsg(); err == nil {
+				conn.WriteMsg(s.describe(r, q, view{r.Who, c.RemoteAddr().String(), c.LocalAddr().String(), originalDst(c)}))
 			}
-		}()
+		})
 		return nil
 	}
 	pc, err := net.ListenPacket(r.Net, r.Addr)

@@ -46,6 +46,26 @@ func New() (*Netns, error) {
 	return n, err
 }
 
+// Several makes n namespaces with make, and a function that lets go of them. Timings
+// make all of theirs before and let go after: the kernel deletes namespaces at
+// leisure, in the way of whatever runs then.
+func Several(n int, make func() (*Netns, error)) (list []*Netns, closeAll func(), err error) {
+	closeAll = func() {
+		for _, n := range list {
+			n.Close()
+		}
+	}
+	for range n {
+		one, err := make()
+		if err != nil {
+			closeAll()
+			return nil, nil, err
+		}
+		list = append(list, one)
+	}
+	return list, closeAll, nil
+}
+
 // Path is what other processes open.
 func (n *Netns) Path() string { return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), n.f.Fd()) }
 

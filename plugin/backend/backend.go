@@ -24,12 +24,10 @@ type Backend interface {
 	// Remove takes out everything of Preroute's, and is content when there is
 	// nothing.
 	Remove(netns int) error
-	// Present reports whether rules of this backend are in the namespace.
+	// Present reports whether rules of this backend are in the namespace. It is
+	// on the path of every pod's start, and runs no program where there are none.
 	Present(netns int) (bool, error)
 }
-
-// Names are the values of the configuration's "backend".
-var Names = []string{"auto", "nft", "iptables"}
 
 // A Choice is a backend and why it is this one.
 type Choice struct {
@@ -50,7 +48,7 @@ func Choose(name string) (*Choice, error) {
 	case "iptables":
 		return &Choice{Backend: ipt, other: nft}, nil
 	}
-	return nil, fmt.Errorf("backend: %q: want one of %q", name, Names)
+	return nil, fmt.Errorf("backend: %q: want auto, nft or iptables", name)
 }
 
 // fallBack changes an automatic choice after err, if err says that the kernel
@@ -70,14 +68,9 @@ func (c *Choice) swap(reason string) {
 	c.Reason = reason
 }
 
-// leftover reports whether the other backend's rules are in the namespace. On
-// the path of every pod's start it runs no program.
+// leftover reports whether the other backend's rules are in the namespace. What
+// cannot be seen cannot be removed either.
 func (c *Choice) leftover(netns int) bool {
-	if c.Name() == "nft" {
-		if may, err := netfilter.MayHoldIPTables(netns); err != nil || !may {
-			return false // what cannot be seen cannot be removed either
-		}
-	}
 	there, err := c.other.Present(netns)
 	return err == nil && there
 }

@@ -93,8 +93,11 @@ func (t *IPTables) Check(ns int, p *redirect.Policy) error {
 }
 
 // Present reports whether any rule of ours is in the namespace, in either
-// flavour. It changes nothing.
+// flavour. It changes nothing, and runs no program where it need not.
 func (t *IPTables) Present(ns int) (present bool, err error) {
+	if !mayHoldIPTables(ns) {
+		return false, nil
+	}
 	err = inNamespace(ns, 0, func(*os.File) error {
 		have, err := t.look()
 		present = have.ours(flavourNft) || have.ours(flavourLegacy)
@@ -141,11 +144,11 @@ func (t *IPTables) look() (state, error) {
 			}
 			s.rules[place{flavourNft, is4}] = rs
 		}
-		tables, err := legacyTables(is4)
+		legacy, err := hasLegacyTables(is4)
 		if err != nil {
 			return s, err
 		}
-		if len(tables) == 0 {
+		if !legacy {
 			continue
 		}
 		if s.rules[place{flavourLegacy, is4}], err = t.save(is4, flavourLegacy); err != nil {

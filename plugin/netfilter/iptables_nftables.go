@@ -1,12 +1,12 @@
 package netfilter
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"slices"
 	"strings"
 
+	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
 )
 
@@ -89,14 +89,11 @@ func listNftChains(is4 bool) (nftChains, error) {
 	for _, ch := range chains {
 		table, policy := out[cString(find(ch, unix.NFTA_CHAIN_TABLE))], find(ch, unix.NFTA_CHAIN_POLICY)
 		if table != nil {
-			table[cString(find(ch, unix.NFTA_CHAIN_NAME))] = len(policy) != 4 || binary.BigEndian.Uint32(policy) == nfAccept
+			table[cString(find(ch, unix.NFTA_CHAIN_NAME))] = policy == nil || beUint32(policy) == uint32(nftables.ChainPolicyAccept)
 		}
 	}
 	return out, nil
 }
-
-// nfAccept is NF_ACCEPT (linux/netfilter.h).
-const nfAccept = 1
 
 // born returns the rules of the jumps that say, for each chain and table that is
 // about to be made, that we made it. A jump that stays keeps what it says; a new

@@ -53,10 +53,7 @@ func RestoreInput(p *redirect.Policy, is4 bool) string {
 // compile turns the policy into the tables of one family.
 func compile(p *redirect.Policy, is4 bool) ruleset {
 	rules := p.Rules()
-	of := func(c redirect.Chain) []redirect.Rule {
-		return slices.DeleteFunc(slices.Clone(rules), func(r redirect.Rule) bool { return r.Chain != c })
-	}
-	output, prerouting, inbound := of(redirect.ChainOutput), of(redirect.ChainPrerouting), of(redirect.ChainInbound)
+	output, prerouting, inbound := ofChain(rules, redirect.ChainOutput), ofChain(rules, redirect.ChainPrerouting), ofChain(rules, redirect.ChainInbound)
 	rs := ruleset{}
 	if p.DNS.Port != 0 {
 		rs.add(tableRaw, "OUTPUT", dnsZones(p, output, is4))
@@ -165,13 +162,7 @@ func tproxyMarks(p *redirect.Policy, rules []redirect.Rule, is4 bool) []chain {
 		w.add(redirect.Match{UIDs: p.Proxy.UIDs, GIDs: p.Proxy.GIDs, SrcIs: redirect.NotLocal, DstIs: redirect.Local},
 			"-m conntrack --ctstate NEW --ctdir ORIGINAL", "-j CONNMARK --set-xmark "+toLo, "I4: the proxy dials the app from the client's address")
 	}
-	last := -1
-	for i, r := range rules {
-		if r.Verdict == redirect.ToInbound {
-			last = i
-		}
-	}
-	for _, r := range rules[:last+1] {
+	for _, r := range upToInbound(rules) {
 		if r.Verdict == redirect.ToInbound {
 			w.add(r.Match, "", fmt.Sprintf("-j MARK --set-xmark %#x/%#x", markToInbound, markToInbound), comment(r))
 		} else {

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -87,23 +86,6 @@ func (t *IPTables) systemFlavour() (flavour, error) {
 		What: "the iptables backend found no iptables-restore here",
 		Need: `the iptables package (1.8.5 or newer) on this machine, or "backend": "nft", which needs no program`,
 	}
-}
-
-// legacyTables names the legacy tables of the calling thread's namespace. To ask
-// iptables-legacy instead would make them.
-func legacyTables(is4 bool) ([]string, error) {
-	file := "/proc/thread-self/net/ip6_tables_names"
-	if is4 {
-		file = "/proc/thread-self/net/ip_tables_names"
-	}
-	b, err := os.ReadFile(file)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil // the kernel has no legacy iptables, or has not loaded it
-	}
-	if err != nil {
-		return nil, fmt.Errorf("reading which legacy iptables tables the pod has: %w", err)
-	}
-	return strings.Fields(string(b)), nil
 }
 
 // kernelHasIPv6 is false where the kernel was started without. There ip6tables

@@ -98,10 +98,7 @@ func compileNFT(p *redirect.Policy) *nftTable {
 		t.markChain(p, rules)
 	}
 	out := t.chain("output", nftables.ChainTypeNAT, nftables.ChainHookOutput, nftables.ChainPriorityNATDest, "output priority -100")
-	for _, r := range rules {
-		if r.Chain != redirect.ChainOutput {
-			continue
-		}
+	for _, r := range ofChain(rules, redirect.ChainOutput) {
 		if r.Verdict == redirect.ToInbound && tproxy {
 			r.Verdict = redirect.Pass // the mark chain has marked it for prerouting
 		}
@@ -119,25 +116,45 @@ func compileNFT(p *redirect.Policy) *nftTable {
 	} else {
 		pre = t.chain("prerouting", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, nftables.ChainPriorityNATDest, "prerouting priority dstnat")
 	}
-	in := t.chain("inbound", "", nil, nil, "")
-	for _, r := range rules {
-		switch r.Chain {
-		case redirect.ChainPrerouting:
-			t.add(pre, r)
-			if tproxy && r.Match.NotProto != 0 {
-				// Unlike nat chains, this one sees every packet of a connection.
-				pre.rule("an answer to a connection of the pod's own", (&line{}).ctDirection(directionReply).verdict(expr.VerdictAccept, ""))
-				pre.rule("from the chain output_mark", (&line{}).ifname("iifname", "lo").mark(markToInbound).verdict(expr.VerdictJump, "inbound"))
-			}
-		case redirect.ChainInbound:
-			t.add(in, r)
+	for _, r := range ofChain(rules, redirect.ChainPrerouting) {
+		t.add(pre, r)
+		if tproxy && r.Match.NotProto != 0 {
+			// Unlike nat chains, this one sees every packet of a connection.
+			pre.rule("an answer to a connection of the pod's own", (&line{}).ctDirection(directionReply).verdict(expr.VerdictAccept, ""))
+			pre.rule("from the chain output_mark", (&line{}).ifname("iifname", "lo").mark(markToInbound).verdict(expr.VerdictJump, "inbound"))
 		}
+	}
+	in := t.chain("inbound", "", nil, nil, "")
+	for _, r := range ofChain(rules, redirect.ChainInbound) {
+		t.add(in, r)
 	}
 	if tproxy {
 		in.rule("F1 nobody listens on the inbound port: never past the proxy",
 			(&line{}).l4proto("==", redirect.ProtoTCP).syn().verdict(expr.VerdictDrop, ""))
 	}
 	return t
+}
+
+// ofChain returns the rules of one chain, in their order.
+func ofChain(rules []redirect.Rule, c redirect.Chain) []redirect.Rule {
+	var out []redirect.Rule
+	for _, r := range rules {
+		if r.Chain == c {
+			out = append(out, r)
+		}
+	}
+	return out
+}
+
+// upToInbound returns the rules up to the last that leads to the inbound chain:
+// what has to be known of a connection to tell whether one does.
+func upToInbound(rules []redirect.Rule) []redirect.Rule {
+	for i, r := range slices.Backward(rules) {
+		if r.Verdict == redirect.ToInbound {
+			return rules[:i+1]
+		}
+	}
+	return nil
 }
 
 // dnsChains keep a captured query and the proxy's own in different conntrack
@@ -162,8 +179,8 @@ func (t *nftTable) dnsChains(p *redirect.Policy, rules []redirect.Rule) {
 		}
 	}
 	zone.rule("Z1 not DNS", (&line{}).port(0, "dport", "!=", 53).verdict(expr.VerdictAccept, ""))
-	for _, r := range rules {
-		if r.Chain != redirect.ChainOutput || r.Match.NotProto != 0 || r.Match.Proto&redirect.ProtoUDP == 0 {
+	for _, r := range ofChain(rules, redirect.ChainOutput) {
+		if r.Match.NotProto != 0 || r.Match.Proto&redirect.ProtoUDP == 0 {
 			continue
 		}
 		if r.Verdict == redirect.Redirect { // D1: every query that came so far
@@ -193,13 +210,7 @@ func (t *nftTable) markChain(p *redirect.Policy, rules []redirect.Rule) {
 		c.rule("I4 the proxy dials the app from the client's address",
 			(&line{}).join(owner).ctNew().fib("saddr", redirect.NotLocal).fib("daddr", redirect.Local).ctMarkSet(markToLo))
 	}
-	last := -1
-	for i, r := range rules {
-		if r.Verdict == redirect.ToInbound && r.Chain == redirect.ChainOutput {
-			last = i
-		}
-	}
-	for _, r := range rules[:last+1] {
+	for _, r := range upToInbound(ofChain(rules, redirect.ChainOutput)) {
 		switch {
 		case r.Match.NotProto != 0:
 		case r.Verdict == redirect.ToInbound:

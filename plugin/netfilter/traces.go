@@ -3,52 +3,68 @@ package netfilter
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"strings"
 
 	"golang.org/x/sys/unix"
 )
 
-// MayHoldIPTables reports whether a look through the iptables backend is worth
-// its cost: the namespace has legacy tables, which only iptables can read, or
-// an nf_tables chain with a name of ours. It runs no program and makes no table.
-func MayHoldIPTables(ns int) (bool, error) {
+// mayHoldIPTables reports whether it is worth its cost to look closer for
+// iptables rules of ours: the namespace has legacy tables, which only iptables
+// can read, or an nf_tables chain with a name of ours. It runs no program, makes
+// no table, and enters the namespace once.
+func mayHoldIPTables(ns int) bool {
 	legacy := false
 	fd, err := socketIn(ns, func() (int, error) {
-		for _, name := range []string{"/proc/thread-self/net/ip_tables_names", "/proc/thread-self/net/ip6_tables_names"} {
-			legacy = legacy || !emptyFile(name)
+		for _, is4 := range bothFamilies {
+			there, err := hasLegacyTables(is4)
+			if err != nil {
+				return -1, err
+			}
+			legacy = legacy || there
 		}
 		return unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_NETFILTER)
 	})
-	if err != nil {
-		return legacy, fmt.Errorf("looking for iptables rules in the pod's network namespace: %w", err)
+	if err == nil {
+		defer unix.Close(fd)
+	}
+	if legacy || err != nil {
+		return true // a closer look says what is wrong
 	}
 	c := &nfConn{fd: fd}
-	defer c.close()
-	if legacy {
-		return true, nil
-	}
-	for _, family := range []byte{unix.NFPROTO_IPV4, unix.NFPROTO_IPV6} {
-		chains, err := c.requestFamily(family, unix.NFT_MSG_GETCHAIN, true, func(*message) {})
-		if err != nil && !errors.Is(err, unix.ENOENT) {
-			return false, fmt.Errorf("looking for iptables chains: %w", err)
+	for _, is4 := range bothFamilies {
+		chains, err := c.requestFamily(nftFamily(is4), unix.NFT_MSG_GETCHAIN, true, func(*message) {})
+		if err != nil {
+			return true
 		}
 		for _, attrs := range chains {
 			if strings.HasPrefix(cString(find(attrs, unix.NFTA_CHAIN_NAME)), chainPrefix) {
-				return true, nil
+				return true
 			}
 		}
 	}
-	return false, nil
+	return false
 }
 
-// emptyFile reads past the Go runtime's poller: the file is of /proc, and one
-// byte of it is enough. One that is not there is empty.
-func emptyFile(name string) bool {
-	fd, err := unix.Open(name, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+// hasLegacyTables reports whether the calling thread's namespace has legacy
+// tables. To ask iptables-legacy instead would make them.
+func hasLegacyTables(is4 bool) (bool, error) {
+	file := "/proc/thread-self/net/ip6_tables_names"
+	if is4 {
+		file = "/proc/thread-self/net/ip_tables_names"
+	}
+	// Past the Go runtime's poller, which would cost every pod an epoll.
+	fd, err := unix.Open(file, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil // the kernel has no legacy iptables, or has not loaded it
+	}
 	if err != nil {
-		return true
+		return false, fmt.Errorf("reading which legacy iptables tables the pod has: %w", err)
 	}
 	defer unix.Close(fd)
-	n, _ := unix.Read(fd, make([]byte, 1))
-	return n <= 0
+	n, err := unix.Read(fd, make([]byte, 1))
+	if err != nil {
+		return false, fmt.Errorf("reading which legacy iptables tables the pod has: %w", err)
+	}
+	return n > 0, nil
 }
