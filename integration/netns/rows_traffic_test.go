@@ -117,9 +117,12 @@ func TestInboundPortIsTakenOnce(t *testing.T) {
 // I4: the proxy dials the app from the client's address, and the app's answers,
 // which are addressed to a client outside, come back to it.
 func TestTProxyFromTheClientsAddress(t *testing.T) {
-	for _, hairpin := range []string{"false", "true"} {
-		t.Run("hairpin "+hairpin, func(t *testing.T) {
-			policy := `{"v":1,"proxy":{"uids":[2102],"hairpin":` + hairpin + `},"inbound":{"port":8901,"mode":"tproxy"},"outbound":{"port":8900}}`
+	for name, policy := range map[string]string{
+		"hairpin false":     `{"v":1,"proxy":{"uids":[2102]},"inbound":{"port":8901,"mode":"tproxy"},"outbound":{"port":8900}}`,
+		"hairpin true":      `{"v":1,"proxy":{"uids":[2102],"hairpin":true},"inbound":{"port":8901,"mode":"tproxy"},"outbound":{"port":8900}}`,
+		"no owner is named": `{"v":1,"inbound":{"port":8901,"mode":"tproxy"}}`,
+	} {
+		t.Run(name, func(t *testing.T) {
 			for _, twice := range []bool{false, true} {
 				name := map[bool]string{false: "once", true: "twice"}[twice]
 				t.Run(name, func(t *testing.T) {

@@ -154,14 +154,11 @@ func tproxyMarks(p *redirect.Policy, rules []redirect.Rule, is4 bool) []chain {
 	w := newChainWriter(chainOutput, "-o", is4)
 	w.only(redirect.ProtoTCP)
 	toLo := fmt.Sprintf("%#x/%#x", markToLo, markToLo)
-	if len(p.Proxy.UIDs)+len(p.Proxy.GIDs) > 0 {
-		w.add(redirect.Match{}, "-m conntrack --ctdir REPLY -m connmark --mark "+toLo, "-j MARK --set-xmark "+toLo, "I4: the app's answer to the proxy, which holds the client's address")
-	}
+	w.add(redirect.Match{}, "-m conntrack --ctdir REPLY -m connmark --mark "+toLo, "-j MARK --set-xmark "+toLo, "I4: the app's answer to the proxy, which holds the client's address")
 	w.add(redirect.Match{}, "-m conntrack --ctdir REPLY", "-j RETURN", "I4: another answer")
-	if len(p.Proxy.UIDs)+len(p.Proxy.GIDs) > 0 {
-		w.add(redirect.Match{UIDs: p.Proxy.UIDs, GIDs: p.Proxy.GIDs, SrcIs: redirect.NotLocal, DstIs: redirect.Local},
-			"-m conntrack --ctstate NEW --ctdir ORIGINAL", "-j CONNMARK --set-xmark "+toLo, "I4: the proxy dials the app from the client's address")
-	}
+	// Where the policy names no owner, whoever may bind such an address is the proxy.
+	w.add(redirect.Match{UIDs: p.Proxy.UIDs, GIDs: p.Proxy.GIDs, SrcIs: redirect.NotLocal, DstIs: redirect.Local},
+		"-m conntrack --ctstate NEW --ctdir ORIGINAL", "-j CONNMARK --set-xmark "+toLo, "I4: the proxy dials the app from the client's address")
 	for _, r := range upToInbound(rules) {
 		if r.Verdict == redirect.ToInbound {
 			w.add(r.Match, "", fmt.Sprintf("-j MARK --set-xmark %#x/%#x", markToInbound, markToInbound), comment(r))

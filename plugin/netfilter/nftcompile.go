@@ -206,6 +206,7 @@ func (t *nftTable) markChain(p *redirect.Policy, rules []redirect.Rule) {
 	c.rule("I4 the app's answer to a client whose address the proxy holds",
 		(&line{}).ctDirection(directionReply).ctMark(markToLo).markSet(markToLo).verdict(expr.VerdictAccept, ""))
 	c.rule("an answer", (&line{}).ctDirection(directionReply).verdict(expr.VerdictAccept, ""))
+	// Where the policy names no owner, whoever may bind such an address is the proxy.
 	for _, owner := range t.owners(redirect.Match{UIDs: p.Proxy.UIDs, GIDs: p.Proxy.GIDs}) {
 		c.rule("I4 the proxy dials the app from the client's address",
 			(&line{}).join(owner).ctNew().fib("saddr", redirect.NotLocal).fib("daddr", redirect.Local).ctMarkSet(markToLo))
